@@ -1,0 +1,177 @@
+"""The memory plan: one line for each thing that takes memory on a rank, without torch.
+
+The same arithmetic sizes the KV pool at boot, explains a refusal, and is what ``worker/memory.py``
+holds its measurements against.
+"""
+
+import math
+
+import msgspec
+
+from models.layout import cut_stages, stage_bytes
+from models.parameter import DTYPE_BYTES
+from models.spec import ModelSpec
+from protocol.errors import MemoryBudgetError
+from protocol.topology import Topology
+
+MIB = 1 << 20
+
+
+class DeviceOverheads(msgspec.Struct, frozen=True):
+    """What a device kind takes beside the model, bytes a rank (docs/performance.md)."""
+
+    runtime: int
+    communicator_base: int
+    communicator_per_peer: int
+    workspace: int
+
+
+CPU_OVERHEADS = DeviceOverheads(
+    runtime=236 * MIB, communicator_base=2 * MIB, communicator_per_peer=1 * MIB, workspace=32 * MIB
+)
+
+
+class MemoryLine(msgspec.Struct, frozen=True):
+    """One thing that takes memory on a rank."""
+
+    name: str
+    predicted_bytes: int
+    because: str
+
+
+class StepLimits(msgspec.Struct, frozen=True):
+    """What the largest step may be; activations are charged for it."""
+
+    max_rows: int
+    step_tokens: int
+    logit_rows: int
+    block_tokens: int
+
+
+class RankPlan(msgspec.Struct, frozen=True):
+    """The plan of one rank. Lines, KV among them, add up to no more than the budget."""
+
+    rank: int
+    layers: range
+    budget_bytes: int
+    lines: tuple[MemoryLine, ...]
+    block_bytes: int
+    kv_bytes: int
+
+
+class MemoryPlan(msgspec.Struct, frozen=True):
+    """The plan of an instance."""
+
+    stages: tuple[range, ...]
+    ranks: tuple[RankPlan, ...]
+    num_blocks: int
+    kv_tokens: int
+    context: int
+    """What one request may hold: the model's most, what was asked, or what fits."""
+    note: str | None
+    """Said to the user where the context had to be fitted."""
+
+    @property
+    def tightest(self) -> RankPlan:
+        """The rank that decides the number of blocks."""
+        return min(self.ranks, key=lambda r: r.kv_bytes // r.block_bytes)
+
+
+def plan_memory(
+    model: ModelSpec,
+    topology: Topology,
+    budgets: list[int],
+    limits: StepLimits,
+    overheads: DeviceOverheads,
+    context: int | None,
+) -> MemoryPlan:
+    """Divide each rank's budget (bytes, one per rank) into the plan's lines; KV gets what is left.
+
+    ``context`` None asks for the model's most and takes what fits; a number is a demand.
+    Errors: ``MemoryBudgetError`` saying what would fit; ``LayoutError`` for impossible degrees.
+    """
+    fixed = _fixed_lines(model, topology, limits, overheads)
+    spent = sum(line.predicted_bytes for line in fixed)
+    stages = cut_stages(model, topology, min(budgets) - spent)
+    ranks = tuple(
+        _rank_plan(model, topology, stages, rank, budgets[rank], fixed, limits)
+        for rank in range(topology.world_size)
+    )
+    num_blocks = min(r.kv_bytes // r.block_bytes for r in ranks)
+    kv_tokens = num_blocks * limits.block_tokens
+    wanted = context if context is not None else model.max_context
+    if context is not None and context > model.max_context:
+        raise MemoryBudgetError(
+            f"a context of {context} tokens was asked, the model has {model.max_context}: "
+            f"ask for that or less",
+            field="context",
+        )
+    fits = min(wanted, kv_tokens)
+    tightest = min(ranks, key=lambda r: r.kv_bytes // r.block_bytes)
+    if fits < 1 or (context is not None and fits < wanted):
+        needed = (
+            tightest.budget_bytes
+            - tightest.kv_bytes
+            + tightest.block_bytes * math.ceil((wanted if context is not None else 1) / limits.block_tokens)
+        )
+        raise MemoryBudgetError(
+            f"{tightest.budget_bytes / 2**30:.2f} GiB on rank {tightest.rank} hold a context of at most "
+            f"{max(fits, 0)} tokens, {wanted} were asked: give it {needed / 2**30:.2f} GiB "
+            f"({needed * topology.world_size / 2**30:.2f} over all {topology.world_size} ranks, --memory), "
+            f"more ranks, or a smaller --context",
+            field="memory",
+        )
+    note = None
+    if fits < wanted:
+        note = f"context fitted to {fits} of the model's {model.max_context} tokens by the memory for KV"
+    return MemoryPlan(stages, ranks, num_blocks, kv_tokens, fits, note)
+
+
+def _rank_plan(
+    model: ModelSpec,
+    topology: Topology,
+    stages: tuple[range, ...],
+    rank: int,
+    budget: int,
+    fixed: tuple[MemoryLine, ...],
+    limits: StepLimits,
+) -> RankPlan:
+    layers = stages[topology.stage(rank)]
+    weights = stage_bytes(model, topology.tp, layers)
+    per_token = sum(g.bytes_per_token(topology.tp, layers) for g in model.kv_groups)
+    block = per_token * limits.block_tokens
+    left = max(budget - weights - sum(line.predicted_bytes for line in fixed), 0)
+    kv = left // block * block
+    lines = (
+        MemoryLine(
+            "weights",
+            weights,
+            f"layers {layers.start} to {layers.stop - 1} in {model.dtype}, 1/{topology.tp} of each",
+        ),
+        *fixed,
+        MemoryLine("kv cache", kv, f"what is left: {kv // block} blocks of {limits.block_tokens} tokens"),
+    )
+    return RankPlan(rank, layers, budget, lines, block, kv)
+
+
+def _fixed_lines(
+    model: ModelSpec, topology: Topology, limits: StepLimits, overheads: DeviceOverheads
+) -> tuple[MemoryLine, ...]:
+    size, tp = DTYPE_BYTES[model.dtype], topology.tp
+    per_token = (model.activation_whole + math.ceil(model.activation_cut / tp)) * size
+    # Raw logits, their tempered copy and the noise beside them, float32; gathered whole where a
+    # filter needs the whole distribution.
+    logits = limits.logit_rows * 4 * (3 * math.ceil(model.vocab_size / tp) + 2 * model.vocab_size)
+    return (
+        MemoryLine("runtime", overheads.runtime, "interpreter, libraries, device context"),
+        MemoryLine("activations", limits.step_tokens * per_token, f"a step of {limits.step_tokens} tokens"),
+        MemoryLine("logits", logits, f"{limits.logit_rows} rows at a time"),
+        MemoryLine("workspace", overheads.workspace, "attention's gathered context and score tiles"),
+        MemoryLine(
+            "communicator",
+            overheads.communicator_base
+            + overheads.communicator_per_peer * (topology.world_size - 1)
+            + limits.step_tokens * model.hidden_size * size * (topology.world_size > 1),
+            f"{topology.world_size - 1} peers, buffers of the largest message",
+        ),
+    )

@@ -1,0 +1,64 @@
+"""From a model directory to its ``ModelSpec``: the list of architectures that tandem serves."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from models import llama
+from models.spec import ModelSpec
+from protocol.errors import ModelFormatError, StorageError, UnsupportedModelError
+
+MAX_CONFIG_BYTES = 4 << 20
+SERVED_DTYPES = ("float32", "bfloat16")
+
+_ARCHITECTURES: dict[str, Callable[[dict[str, Any], str], ModelSpec]] = {
+    name: module.spec for module in (llama,) for name in module.ARCHITECTURES
+}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return a directory's ``config.json``.
+
+    Errors: ``StorageError`` where it cannot be read, ``ModelFormatError`` where it is no JSON object.
+    """
+    path = directory / "config.json"
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ModelFormatError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes", field="config.json")
+        content = path.read_bytes()
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be read ({error.strerror}): a model directory holds config.json, "
+            "tokenizer.json and *.safetensors"
+        ) from None
+    try:
+        return msgspec.json.decode(content, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ModelFormatError(f"{path}: {error}", field="config.json") from None
+
+
+def load_spec(directory: Path, dtype: str = "float32") -> ModelSpec:
+    """Return the model of a directory, computed in ``dtype``.
+
+    Errors: those of ``read_config``; ``UnsupportedModelError`` listing what is known.
+    """
+    if dtype not in SERVED_DTYPES:
+        raise UnsupportedModelError(
+            f"dtype {dtype!r} is not served: {', '.join(SERVED_DTYPES)} are", field="dtype"
+        )
+    raw = read_config(directory)
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ModelFormatError(
+            f"{directory / 'config.json'}: architectures must be a list with a name in it, not {names!r}",
+            field="architectures",
+        )
+    build = _ARCHITECTURES.get(names[0])
+    if build is None:
+        raise UnsupportedModelError(
+            f"architecture {names[0]!r} is not served: {', '.join(sorted(_ARCHITECTURES))} are",
+            field="architectures",
+        )
+    return build(raw, dtype)

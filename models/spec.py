@@ -1,0 +1,62 @@
+"""``ModelSpec``: everything that is known of a model before torch is imported."""
+
+from typing import Literal
+
+import msgspec
+
+from models.parameter import DTYPE_BYTES, Cut, ParameterSpec, share
+
+
+class KVGroup(msgspec.Struct, frozen=True):
+    """Layers whose keys and values are kept in the same way, under one block table."""
+
+    name: str
+    layers: tuple[int, ...]
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: str
+    kind: Literal["full", "sliding"] = "full"
+    window: int = 0
+    """Tokens that a query sees back, for ``sliding``."""
+
+    def local_heads(self, tp: int) -> int:
+        """Return the KV heads that one rank of a group of ``tp`` keeps."""
+        return share(self.kv_heads, tp, 0, Cut(dim=0, unit="KV head", replicate=True)).room
+
+    def bytes_per_token(self, tp: int, layers: range) -> int:
+        """Return what one token takes on one rank of the stage that runs ``layers``."""
+        here = sum(1 for layer in self.layers if layer in layers)
+        dims = self.key_dim + self.value_dim
+        return here * self.local_heads(tp) * dims * DTYPE_BYTES[self.dtype]
+
+
+class ModelSpec(msgspec.Struct, frozen=True):
+    """One model, as its ``models/`` file states it from config.json."""
+
+    architecture: str
+    """Key of the forward pass in ``worker/models``."""
+    config: msgspec.Struct
+    """The architecture's own typed configuration."""
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_context: int
+    dtype: str
+    """What is computed in."""
+    parameters: tuple[ParameterSpec, ...]
+    skipped: tuple[str, ...]
+    """Regular expressions (full match) of checkpoint tensors that are known and not needed."""
+    kv_groups: tuple[KVGroup, ...]
+    eos_token_ids: tuple[int, ...]
+    activation_whole: int
+    """Elements per token alive at a layer's widest moment that every rank holds whole."""
+    activation_cut: int
+    """The same for those that are divided by tp."""
+    heads: int
+    flops_per_token: int
+    """2 × the multiply-adds of all matrix products but attention's."""
+
+    def layer_parameters(self, layer: int) -> tuple[ParameterSpec, ...]:
+        """Return the parameters of one decoder layer."""
+        return tuple(p for p in self.parameters if p.layer == layer)

@@ -1,0 +1,51 @@
+"""Topology: rank <-> (stage, tp rank), the one place where that arithmetic stands."""
+
+import msgspec
+
+
+class Topology(msgspec.Struct, frozen=True):
+    """How one instance's ranks are arranged: ``rank = stage * tp + tp_rank``."""
+
+    tp: int = 1
+    pp: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tp < 1 or self.pp < 1:
+            raise ValueError(f"degrees are at least 1, not tp={self.tp} pp={self.pp}")
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.pp
+
+    def stage(self, rank: int) -> int:
+        """Pipeline stage of a rank."""
+        return rank // self.tp
+
+    def tp_rank(self, rank: int) -> int:
+        """Place of a rank in its tensor-parallel group."""
+        return rank % self.tp
+
+    def rank(self, stage: int, tp_rank: int) -> int:
+        """Rank at a stage and a place in its group."""
+        return stage * self.tp + tp_rank
+
+    def tp_group(self, stage: int) -> range:
+        """Ranks of one stage's tensor-parallel group."""
+        return range(stage * self.tp, (stage + 1) * self.tp)
+
+    def is_first(self, rank: int) -> bool:
+        """Whether the rank's stage embeds tokens."""
+        return self.stage(rank) == 0
+
+    def is_last(self, rank: int) -> bool:
+        """Whether the rank's stage makes logits and samples."""
+        return self.stage(rank) == self.pp - 1
+
+    @property
+    def sampling_rank(self) -> int:
+        """The rank that answers for a step."""
+        return (self.pp - 1) * self.tp
+
+    def __str__(self) -> str:
+        return f"tp {self.tp} pp {self.pp}"

@@ -1,0 +1,1 @@
+"""Kernels behind one interface: ``cpu`` is plain torch and the reference."""
