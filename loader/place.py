@@ -1,0 +1,163 @@
+"""Bytes into arenas: conversion between dtypes and scattering, in numpy (no torch).
+
+A ``Destination`` is where a load's bytes go. ``HostDestination`` writes into mapped host memory. One
+that copies to a device holds pinned blocks and returns from ``put`` before a copy is done: the ring
+of blocks is therefore its own, and ``close`` is the barrier.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from loader.plan import Placement, Read
+from models.parameter import DTYPE_BYTES
+
+Buffer = memoryview
+Array = npt.NDArray[Any]
+
+_NUMPY: Final[dict[str, np.dtype[Any]]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+}
+_CHUNK: Final = 64 << 10
+"""Elements converted at a time, so that intermediate values stay in the cache."""
+_QUIET: Final = 0x40
+
+
+class Staging(Protocol):
+    """One reader thread's blocks on the way to a destination."""
+
+    def block(self, length: int) -> Buffer:
+        """Return a writable block of at least ``length`` bytes; waits until one is free."""
+
+    def put(self, read: Read, block: Buffer) -> None:
+        """Send what was read into ``block`` to its places. The block belongs to the staging again."""
+
+    def close(self) -> None:
+        """Return when all that was put is in its place."""
+
+
+class Destination(Protocol):
+    """Where a load's bytes go."""
+
+    def direct(self, read: Read) -> list[Buffer] | None:
+        """Return the places of a read's bytes, in order, or None where they must be staged."""
+
+    def open(self) -> Staging:
+        """Return the staging of one reader thread; its owner calls ``close``."""
+
+
+class HostDestination:
+    """Arenas that are mapped in this process. Shared by the reader threads; holds no changing state."""
+
+    def __init__(self, arenas: Mapping[int, memoryview]) -> None:
+        self._bytes = {rank: view.cast("B") for rank, view in arenas.items()}
+        self._arrays = {rank: np.frombuffer(view, np.uint8) for rank, view in self._bytes.items()}
+
+    def direct(self, read: Read) -> list[Buffer] | None:
+        """Return arena slices where every byte goes unchanged to one place."""
+        if not read.is_direct:
+            return None
+        return [
+            self._bytes[p.rank][p.arena_offset : p.arena_offset + p.columns * DTYPE_BYTES[p.dtype]]
+            for p in read.placements
+        ]
+
+    def open(self) -> "HostStaging":
+        """Return one thread's staging."""
+        return HostStaging(self._arrays)
+
+
+class HostStaging:
+    """One block, reused: a put is done when it returns. Owned by one reader thread."""
+
+    def __init__(self, arenas: Mapping[int, Array]) -> None:
+        self._arenas = arenas
+        self._block = memoryview(bytearray())
+
+    def block(self, length: int) -> Buffer:
+        """Return the block, made longer where it has to be."""
+        if len(self._block) < length:
+            self._block = memoryview(bytearray(length))
+        return self._block
+
+    def put(self, read: Read, block: Buffer) -> None:
+        """Convert and scatter a read."""
+        source = np.frombuffer(block, np.uint8)
+        for placement in read.placements:
+            place(placement, source, self._arenas[placement.rank])
+
+    def close(self) -> None:
+        """Nothing is under way after ``put``."""
+
+
+def place(placement: Placement, block: Array, arena: Array) -> None:
+    """Write one placement's elements from a read's bytes into an arena's, converting the dtype.
+
+    ``block`` and ``arena`` are uint8. Rounding is to nearest even; NaN stay NaN.
+    """
+    source = _matrix(
+        block,
+        placement.source_dtype,
+        placement.rows,
+        placement.columns,
+        placement.source_offset,
+        placement.source_stride,
+    )
+    target = _matrix(
+        arena,
+        placement.dtype,
+        placement.rows,
+        placement.columns,
+        placement.arena_offset,
+        placement.arena_stride,
+    )
+    convert(source, placement.source_dtype, target, placement.dtype)
+
+
+def _matrix(flat: Array, dtype: str, rows: int, columns: int, offset: int, stride: int) -> Array:
+    kind = _NUMPY[dtype]
+    last = offset + (rows - 1) * (stride if rows > 1 else 0) + columns * kind.itemsize
+    assert offset >= 0
+    assert last <= len(flat), (offset, last, len(flat))
+    return np.ndarray((rows, columns), kind, flat.data, offset, (stride, kind.itemsize))
+
+
+def convert(source: Array, source_dtype: str, target: Array, dtype: str) -> None:
+    """Copy a matrix into another of the same shape and of ``dtype``; bfloat16 is held as uint16."""
+    if source_dtype == dtype:
+        bits = np.dtype(f"<u{DTYPE_BYTES[dtype]}")
+        np.copyto(target.view(bits), source.view(bits))
+        return
+    rows, columns = source.shape
+    row_step, column_step = max(1, _CHUNK // columns), min(columns, _CHUNK)
+    for row in range(0, rows, row_step):
+        for column in range(0, columns, column_step):
+            part = np.s_[row : row + row_step, column : column + column_step]
+            _convert_chunk(source[part], source_dtype, target[part], dtype)
+
+
+def _convert_chunk(source: Array, source_dtype: str, target: Array, dtype: str) -> None:
+    if dtype == "float32":
+        if source_dtype == "bfloat16":
+            np.left_shift(source, 16, out=target.view(np.uint32), dtype=np.uint32)
+        else:
+            np.copyto(target, source)
+        return
+    assert dtype == "bfloat16", dtype
+    bits = source.astype(np.float32).view(np.uint32)
+    np.copyto(target, _round_to_bfloat16(bits), casting="same_kind")
+
+
+def _round_to_bfloat16(bits: Array) -> Array:
+    """Return the upper halves of float32 bits, rounded to nearest even."""
+    upper = bits >> 16
+    rounded: Array = (bits + (upper & 1) + 0x7FFF) >> 16
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    if is_nan.any():
+        # Rounding could carry a NaN's mantissa into the sign; a payload in the lower half would be lost.
+        rounded[is_nan] = upper[is_nan] | _QUIET
+    return rounded

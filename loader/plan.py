@@ -1,0 +1,307 @@
+"""Who reads which bytes of a checkpoint, and where they go. No torch, no I/O.
+
+Every rank of a machine computes the same plan from the model's parameters and the headers, and
+executes its own part of it. A byte that any rank needs is read by exactly one rank: a contiguous slice
+by the rank that owns it, rows that several ranks draw from (strided slices, replicas, tied embeddings)
+in whole rows by shares that level the ranks' loads.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import pairwise
+
+import msgspec
+
+from loader.index import SERVED_DTYPES, Checkpoint, FileEntry, TensorEntry
+from models.layout import Arena, arena
+from models.parameter import DTYPE_BYTES, Piece
+from models.spec import ModelSpec
+from protocol.topology import Topology
+
+BLOCK_BYTES = 8 << 20
+"""Most bytes of one read."""
+SHARE_BYTES = 256 << 10
+"""Rows that several ranks want are not divided more finely than this."""
+MERGE_BYTES = 1 << 20
+"""Neighbours are joined up to this where their bytes have to be taken apart again anyway."""
+PAGE_BYTES = 4096
+
+__all__ = ["BLOCK_BYTES", "LoadPlan", "Placement", "Read", "plan_load"]
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """A matrix of elements inside a read, and its place in one rank's arena. Strides are in bytes."""
+
+    rank: int
+    """Whose arena."""
+    tensor: str
+    source_dtype: str
+    dtype: str
+    rows: int
+    columns: int
+    """Elements of a row; a contiguous run is one row."""
+    source_offset: int
+    """First byte, from the start of the read."""
+    source_stride: int
+    arena_offset: int
+    """First byte, from the start of the arena."""
+    arena_stride: int
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the bytes go as they are, in one run."""
+        return self.rows == 1 and self.source_dtype == self.dtype
+
+
+class Read(msgspec.Struct, frozen=True):
+    """One run of a file that one rank reads."""
+
+    file: int
+    offset: int
+    length: int
+    rank: int
+    """The reader."""
+    placements: tuple[Placement, ...]
+    """By ``source_offset``."""
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether every byte goes unchanged to one place, so that it can be read straight there."""
+        at = 0
+        for placement in self.placements:
+            if not placement.is_plain or placement.source_offset != at:
+                return False
+            at += placement.columns * DTYPE_BYTES[placement.dtype]
+        return at == self.length
+
+
+class LoadPlan(msgspec.Struct, frozen=True):
+    """Every read of one load."""
+
+    files: tuple[FileEntry, ...]
+    reads: tuple[tuple[Read, ...], ...]
+    """Per rank, in order of file and offset."""
+    arena_bytes: tuple[int, ...]
+    """Size of each rank's arena."""
+    exchanged_bytes: int
+    """Arena bytes written by another rank than their owner."""
+
+    def bytes_read(self, rank: int) -> int:
+        """Return what one rank reads."""
+        return sum(read.length for read in self.reads[rank])
+
+    @property
+    def total_bytes(self) -> int:
+        """What all ranks read together."""
+        return sum(self.bytes_read(rank) for rank in range(len(self.reads)))
+
+
+class _Want(msgspec.Struct, frozen=True):
+    """Rows and columns of a tensor, seen as a matrix, that one rank draws from."""
+
+    rank: int
+    rows: range
+    columns: range
+    dtype: str
+    arena_offset: int
+    """Of the first row's first column."""
+    arena_stride: int
+
+
+class _Run(msgspec.Struct, frozen=True):
+    """Rows of a tensor that the same ranks want."""
+
+    tensor: TensorEntry
+    row_bytes: int
+    rows: range
+    wants: tuple[_Want, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.rows) * self.row_bytes
+
+    @property
+    def offset(self) -> int:
+        return self.tensor.offset + self.rows.start * self.row_bytes
+
+    def part(self, start: int, stop: int) -> "_Run":
+        """Return rows ``[start, stop)``, counted from the run's first."""
+        return _Run(self.tensor, self.row_bytes, self.rows[start:stop], self.wants)
+
+
+def plan_load(
+    model: ModelSpec, checkpoint: Checkpoint, topology: Topology, stages: tuple[range, ...]
+) -> LoadPlan:
+    """Return who reads what. ``checkpoint`` has passed ``check_against(model, checkpoint)``.
+
+    ``stages`` are the layers of each pipeline stage. All ranks are on this machine.
+    """
+    arenas = [arena(model, topology, stages, rank) for rank in range(topology.world_size)]
+    wants: dict[str, list[_Want]] = defaultdict(list)
+    for held in arenas:
+        for source, want in _wants(held, topology):
+            wants[source].append(want)
+    runs = [run for source, found in wants.items() for run in _runs(checkpoint.tensors[source], found)]
+    reads = tuple(
+        tuple(_merge([read for run in mine for read in _blocks(rank, run)]))
+        for rank, mine in enumerate(_assign(runs, topology.world_size))
+    )
+    exchanged = sum(
+        p.rows * p.columns * DTYPE_BYTES[p.dtype]
+        for mine in reads
+        for read in mine
+        for p in read.placements
+        if p.rank != read.rank
+    )
+    return LoadPlan(checkpoint.files, reads, tuple(a.size for a in arenas), exchanged)
+
+
+def _wants(held: Arena, topology: Topology) -> Iterator[tuple[str, _Want]]:
+    """Yield what one rank draws from each checkpoint tensor."""
+    for placed in held.placed:
+        if placed.is_alias:
+            continue
+        spec = placed.spec
+        local = spec.local_shape(topology.tp)
+        for piece in spec.pieces(topology.tp, topology.tp_rank(held.rank)):
+            if piece.end > piece.start:
+                for want in _matrix_slices(piece, held.rank, placed.offset, local, spec.dtype):
+                    yield piece.source, want
+
+
+def _matrix_slices(
+    piece: Piece, rank: int, offset: int, local: tuple[int, ...], dtype: str
+) -> Iterator[_Want]:
+    """Say a slice of an n-dimensional tensor in rows and columns of the matrix [rest, last dimension].
+
+    A slice of the last dimension is a range of columns of all rows; of any other one, a range of rows
+    for each index of the dimensions before it. One dimension is a matrix of one column.
+    """
+    shape, size = piece.source_shape, DTYPE_BYTES[dtype]
+    columns = shape[-1] if len(shape) > 1 else 1
+    if piece.dim > 0 and piece.dim == len(shape) - 1:
+        rows, stride = range(math.prod(shape[:-1])), local[-1] * size
+        at = offset + piece.destination * size
+        yield _Want(rank, rows, range(piece.start, piece.end), dtype, at, stride)
+        return
+    inner = math.prod(shape[piece.dim + 1 :]) // columns if len(shape) > 1 else 1
+    for outer in range(math.prod(shape[: piece.dim])):
+        first = outer * shape[piece.dim]
+        rows = range((first + piece.start) * inner, (first + piece.end) * inner)
+        row = (outer * local[piece.dim] + piece.destination) * inner
+        stride = columns * size
+        yield _Want(rank, rows, range(columns), dtype, offset + row * stride, stride)
+
+
+def _runs(tensor: TensorEntry, wants: list[_Want]) -> list[_Run]:
+    """Cut a tensor's rows where the set of ranks that want them changes; unwanted rows are left out."""
+    columns = tensor.shape[-1] if len(tensor.shape) > 1 else 1
+    row_bytes = columns * DTYPE_BYTES[SERVED_DTYPES[tensor.dtype]]
+    borders = sorted({edge for want in wants for edge in (want.rows.start, want.rows.stop)})
+    return [
+        _Run(tensor, row_bytes, range(start, stop), here)
+        for start, stop in pairwise(borders)
+        if (here := tuple(w for w in wants if w.rows.start <= start and stop <= w.rows.stop))
+    ]
+
+
+def _assign(runs: list[_Run], ranks: int) -> list[list[_Run]]:
+    """Give every run to a rank, in order of file and offset."""
+    given: list[list[_Run]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    shared = []
+    for run in runs:
+        owners = {want.rank for want in run.wants}
+        if len(owners) > 1:
+            shared.append((run, owners))
+            continue
+        (owner,) = owners
+        given[owner].append(run)
+        loads[owner] += run.size
+    # Largest first, so that the small ones even out what is left.
+    shared.sort(key=lambda s: (-s[0].size, s[0].tensor.file, s[0].offset))
+    for run, owners in shared:
+        done, covered = 0, 0.0
+        for rank, amount in _level(loads, owners, run.size):
+            covered += amount
+            until = min(round(covered / run.row_bytes), len(run.rows))
+            if until > done:
+                given[rank].append(run.part(done, until))
+                loads[rank] += (until - done) * run.row_bytes
+                done = until
+        assert done == len(run.rows), (run.tensor.name, done)
+    for mine in given:
+        mine.sort(key=lambda run: (run.tensor.file, run.offset))
+    return given
+
+
+def _level(loads: list[int], owners: set[int], amount: int) -> list[tuple[int, float]]:
+    """Divide ``amount`` bytes between owners so that their loads become equal, without slivers."""
+    chosen = sorted(owners, key=lambda rank: (loads[rank], rank))[: max(1, amount // SHARE_BYTES)]
+    while True:
+        level = (amount + sum(loads[rank] for rank in chosen)) / len(chosen)
+        if len(chosen) == 1 or level - loads[chosen[-1]] >= SHARE_BYTES:
+            return [(rank, level - loads[rank]) for rank in sorted(chosen)]
+        chosen.pop()
+
+
+def _blocks(rank: int, run: _Run) -> Iterator[Read]:
+    """Yield a run in reads of at most ``BLOCK_BYTES``, cut between rows (and whole pages if they fit)."""
+    step = max(1, BLOCK_BYTES // run.row_bytes)
+    whole_pages = PAGE_BYTES // math.gcd(run.row_bytes, PAGE_BYTES)
+    if step > whole_pages:
+        step -= step % whole_pages
+    for start in range(0, len(run.rows), step):
+        part = run.part(start, min(start + step, len(run.rows)))
+        placements = [_placement(part, want) for want in part.wants]
+        placements.sort(key=lambda p: (p.source_offset, p.rank))
+        yield Read(part.tensor.file, part.offset, part.size, rank, tuple(placements))
+
+
+def _placement(run: _Run, want: _Want) -> Placement:
+    source = SERVED_DTYPES[run.tensor.dtype]
+    rows, columns = len(run.rows), len(want.columns)
+    arena_offset = want.arena_offset + (run.rows.start - want.rows.start) * want.arena_stride
+    if (
+        columns * DTYPE_BYTES[source] == run.row_bytes
+        and columns * DTYPE_BYTES[want.dtype] == want.arena_stride
+    ):
+        rows, columns = 1, rows * columns
+    return Placement(
+        rank=want.rank,
+        tensor=run.tensor.name,
+        source_dtype=source,
+        dtype=want.dtype,
+        rows=rows,
+        columns=columns,
+        source_offset=want.columns.start * DTYPE_BYTES[source],
+        source_stride=run.row_bytes,
+        arena_offset=arena_offset,
+        arena_stride=want.arena_stride,
+    )
+
+
+def _merge(reads: list[Read]) -> Iterator[Read]:
+    """Join neighbours in a file, as long as that spares a call and costs no copy."""
+    held: Read | None = None
+    for read in reads:
+        if held is not None and held.file == read.file and held.offset + held.length == read.offset:
+            most = BLOCK_BYTES if held.is_direct and read.is_direct else MERGE_BYTES
+            if held.length + read.length <= most:
+                held = _joined(held, read)
+                continue
+        if held is not None:
+            yield held
+        held = read
+    if held is not None:
+        yield held
+
+
+def _joined(first: Read, second: Read) -> Read:
+    shifted = tuple(
+        msgspec.structs.replace(p, source_offset=p.source_offset + first.length) for p in second.placements
+    )
+    return Read(
+        first.file, first.offset, first.length + second.length, first.rank, first.placements + shifted
+    )
