@@ -2,3 +2,7 @@
 
 Talks to the rest in typed calls only, so that it can become a process of its own. No torch.
 """
+
+from orchestrator.text.service import TextService
+
+__all__ = ["TextService"]

@@ -1,0 +1,161 @@
+"""``TextService``: everything that turns words into token ids and back, for one model directory."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from tokenizers import Tokenizer
+
+from orchestrator.text.detokenizer import Detokenizer, DetokenizerFactory, NoText
+from orchestrator.text.pool import HelperPool
+from orchestrator.text.template import TemplateSource, read_json
+from protocol.client import ChatMessage
+from protocol.errors import ContextTooLongError, InvalidRequestError, ModelFormatError
+from protocol.text import EncodeChat, Encoded, EncodeText
+
+SHORT_CHARACTERS = 2048
+"""Tokenised on the loop: about a millisecond. Longer texts go to a helper."""
+MAX_TOKENIZER_BYTES = 512 << 20
+
+
+class TextService:
+    """Owns the tokenizer and the helpers of one instance."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        pool: HelperPool | None,
+        *,
+        has_chat_template: bool,
+        end_token_ids: frozenset[int],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._pool = pool
+        self._factory = None if tokenizer is None else DetokenizerFactory(tokenizer)
+        self.has_tokenizer = tokenizer is not None
+        self.has_chat_template = has_chat_template
+        self.end_token_ids = end_token_ids
+        """From generation_config.json; config.json's are the ModelSpec's."""
+
+    @classmethod
+    async def start(
+        cls,
+        model_directory: Path,
+        *,
+        helpers: int = 2,
+        deadline_s: float = 5.0,
+        memory_bytes: int = 512 << 20,
+    ) -> Self:
+        """Load the tokenizer in a thread; the first helper starts in the background.
+
+        ``deadline_s`` and ``memory_bytes`` bound one job of a helper.
+        Errors: ``ModelFormatError`` for a malformed tokenizer.json, tokenizer_config.json or
+        generation_config.json.
+        """
+        tokenizer, source, end_token_ids = await asyncio.to_thread(_load, model_directory)
+        if tokenizer is None:
+            return cls(None, None, has_chat_template=False, end_token_ids=end_token_ids)
+        pool = HelperPool(model_directory, size=helpers, deadline_s=deadline_s, memory_bytes=memory_bytes)
+        if source.text is not None:
+            pool.prestart()
+        return cls(tokenizer, pool, has_chat_template=source.text is not None, end_token_ids=end_token_ids)
+
+    def encode_short(self, text: str) -> list[int] | None:
+        """Return a raw prompt's tokens (special ones added) at once; None where it is long: use ``encode``.
+
+        Errors: ``InvalidRequestError`` where there is no tokenizer.
+        """
+        tokenizer = self._checked("prompt")
+        if len(text) > SHORT_CHARACTERS:
+            return None
+        try:
+            token_ids: list[int] = tokenizer.encode(text).ids
+        except Exception as error:
+            # The tokenizer's errors have no class of their own.
+            raise InvalidRequestError(
+                f"the tokenizer refuses the prompt: {error}", field="prompt"
+            ) from None
+        return token_ids
+
+    async def encode(self, text: str, limit: int) -> list[int]:
+        """Return a raw prompt's tokens, tokenised in a helper.
+
+        Errors: ``InvalidRequestError``; ``ContextTooLongError`` over ``limit`` tokens.
+        """
+        self._checked("prompt")
+        assert self._pool is not None
+        return _within(await self._pool.run(EncodeText(text, limit)), limit, "prompt")
+
+    async def chat(self, messages: list[ChatMessage], limit: int) -> list[int]:
+        """Return the tokens of a conversation in the model's template, rendered in a helper.
+
+        Errors: ``InvalidRequestError`` naming ``messages``; ``ContextTooLongError`` over ``limit`` tokens.
+        """
+        self._checked("messages")
+        if not self.has_chat_template:
+            raise InvalidRequestError(
+                "this model directory has no chat template: send prompt or prompt_ids", field="messages"
+            )
+        assert self._pool is not None
+        return _within(await self._pool.run(EncodeChat(messages, limit)), limit, "messages")
+
+    def detokenizer(self) -> Detokenizer:
+        """Return a detokenizer for one choice."""
+        return NoText() if self._factory is None else self._factory.make()
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens left out."""
+        detokenizer = self.detokenizer()
+        return detokenizer.push(token_ids) + detokenizer.finish()
+
+    async def close(self) -> None:
+        """End the helpers."""
+        if self._pool is not None:
+            await self._pool.close()
+
+    def _checked(self, field: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise InvalidRequestError(
+                f"{field} is text, and this model directory has no tokenizer.json: send prompt_ids",
+                field=field,
+            )
+        return self._tokenizer
+
+
+def _load(directory: Path) -> tuple[Tokenizer | None, TemplateSource, frozenset[int]]:
+    path = directory / "tokenizer.json"
+    end_token_ids = _end_token_ids(read_json(directory / "generation_config.json"))
+    source = TemplateSource(directory)
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return None, source, end_token_ids
+    if size > MAX_TOKENIZER_BYTES:
+        raise ModelFormatError(f"{path} has {size} bytes, more than {MAX_TOKENIZER_BYTES}", field=path.name)
+    try:
+        return Tokenizer.from_file(str(path)), source, end_token_ids
+    except Exception as error:
+        # The tokenizer's errors have no class of their own.
+        raise ModelFormatError(f"{path} is no tokenizer: {error}", field=path.name) from None
+
+
+def _end_token_ids(config: dict[str, Any]) -> frozenset[int]:
+    found = config.get("eos_token_id")
+    token_ids = found if isinstance(found, list) else [] if found is None else [found]
+    for token_id in token_ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+            raise ModelFormatError(
+                f"generation_config.json: eos_token_id must be token ids, not {found!r}",
+                field="generation_config.json",
+            )
+    return frozenset(token_ids)
+
+
+def _within(encoded: Encoded, limit: int, field: str) -> list[int]:
+    if encoded.count > limit:
+        raise ContextTooLongError(
+            f"the prompt has {encoded.count} tokens, the context holds {limit}: send a shorter one",
+            field=field,
+        )
+    return encoded.token_ids
