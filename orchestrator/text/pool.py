@@ -181,6 +181,12 @@ class _Helper:
 
     async def kill(self) -> int:
         """Kill the process, wait for its end and return its status."""
+        if self._process.stdout is not None and self._process.stdout.at_eof():
+            # It is ending by itself: a signal now would race with its reaping and lose its status.
+            try:
+                return await asyncio.wait_for(self._process.wait(), 1.0)
+            except TimeoutError:
+                pass
         if self._process.returncode is None:
             try:
                 self._process.kill()
