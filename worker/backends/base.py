@@ -1,0 +1,61 @@
+"""The kernels that layers are written in. A model file never asks which backend it runs on."""
+
+from typing import Protocol
+
+import torch
+
+from kv.tensors import LayerCache
+from worker.comm import Communicator
+from worker.context import AttentionPlan, RowSpan
+
+
+class Backend(Protocol):
+    """Kernels of one device kind. ``x`` is [tokens, features] everywhere."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors live."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return ``x @ weight.T``; weight is [out, in]."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return x / sqrt(mean(x²) + eps) · weight."""
+
+    def reduce_add(self, residual: torch.Tensor, update: torch.Tensor, comm: Communicator) -> None:
+        """Sum ``update`` over the tp group and add it to ``residual``, both in place."""
+
+    def reduce_add_norm(
+        self,
+        residual: torch.Tensor,
+        update: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        comm: Communicator,
+    ) -> torch.Tensor:
+        """``reduce_add``, then return the norm of the new residual: one kernel where that is faster."""
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return silu(gate) · up; gate is the first half of the features, up the second."""
+
+    def embed(self, token_ids: torch.Tensor, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        """Return rows ``token_ids - first`` of weight, zeros for ids outside [first, first + count)."""
+
+    def plan_attention(
+        self, spans: list[RowSpan], group: int, block_tokens: int, width: int
+    ) -> AttentionPlan:
+        """Prepare attention in one KV group, once a step; ``width``: elements of a cache line."""
+
+    def rope_and_store(
+        self, qkv: torch.Tensor, rotation: torch.Tensor, cache: LayerCache, plan: AttentionPlan
+    ) -> None:
+        """Rotate q and k of [q | k | v] in place and write k and v to their cache lines.
+
+        ``rotation`` is [tokens, 3, key_dim / 2]: cos, -sin, sin.
+        """
+
+    def attend(self, qkv: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
+        """Return causal attention of each row over its context: [tokens, heads * value_dim].
+
+        Scores are scaled by 1 / sqrt(key_dim). ``qkv`` is rotated and stored already.
+        """

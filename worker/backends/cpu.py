@@ -1,0 +1,99 @@
+"""Plain torch on a CPU: the reference, and a fast one.
+
+Measured on AVX-512 cores in float32: up to 3 rows MKL's matrix-vector product reads weights at the
+memory's speed; from 4 to about 192 rows oneDNN's kernel takes 0.55 to 0.8 of the time of MKL's, whose
+packing of the weights then costs as much as the product (docs/performance.md).
+"""
+
+import torch
+from torch.nn import functional
+
+from kv.tensors import LayerCache
+from worker.backends.cpu_attention import PagedAttentionPlan, attend, plan_attention
+from worker.comm import Communicator
+from worker.context import AttentionPlan, RowSpan
+
+GATHER_BYTES = 8 << 20
+"""Scattered pages are copied together in pieces of at most this, inside the plan's workspace line."""
+
+_ONEDNN_ROWS = range(4, 193)
+
+
+class CpuBackend:
+    """``Backend`` on host memory. Holds no state but its bounds."""
+
+    def __init__(self, gather_bytes: int = GATHER_BYTES) -> None:
+        self.device = torch.device("cpu")
+        self._gather_bytes = gather_bytes
+        self._has_onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See ``Backend.linear``."""
+        if self._has_onednn and x.shape[0] in _ONEDNN_ROWS and x.dtype == torch.float32:
+            product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
+                x.contiguous(), weight, None, "none", [], ""
+            )
+            return product
+        return functional.linear(x, weight)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See ``Backend.rms_norm``."""
+        return functional.rms_norm(x, weight.shape, weight, eps)
+
+    def reduce_add(self, residual: torch.Tensor, update: torch.Tensor, comm: Communicator) -> None:
+        """See ``Backend.reduce_add``."""
+        comm.all_reduce(update)
+        residual.add_(update)
+
+    def reduce_add_norm(
+        self,
+        residual: torch.Tensor,
+        update: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        comm: Communicator,
+    ) -> torch.Tensor:
+        """See ``Backend.reduce_add_norm``."""
+        self.reduce_add(residual, update, comm)
+        return self.rms_norm(residual, weight, eps)
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See ``Backend.swiglu``."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+    def embed(self, token_ids: torch.Tensor, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        """See ``Backend.embed``."""
+        local = token_ids - first
+        elsewhere = (local < 0) | (local >= count)
+        found = functional.embedding(local.masked_fill_(elsewhere, 0), weight)
+        return found.masked_fill_(elsewhere.unsqueeze(-1), 0)
+
+    def plan_attention(
+        self, spans: list[RowSpan], group: int, block_tokens: int, width: int
+    ) -> AttentionPlan:
+        """See ``Backend.plan_attention``."""
+        gather_blocks = max(self._gather_bytes // (width * 4 * block_tokens), 1)
+        return plan_attention(spans, group, block_tokens, gather_blocks)
+
+    def rope_and_store(
+        self, qkv: torch.Tensor, rotation: torch.Tensor, cache: LayerCache, plan: AttentionPlan
+    ) -> None:
+        """See ``Backend.rope_and_store``."""
+        assert isinstance(plan, PagedAttentionPlan)
+        stored = cache.heads * (cache.key_dim + cache.value_dim)
+        queries_keys = qkv[:, : qkv.shape[1] - cache.heads * cache.value_dim]
+        # The two halves of a head rotate against each other: [tokens, heads, 2, key_dim / 2].
+        halves = queries_keys.view(qkv.shape[0], -1, 2, cache.key_dim // 2)
+        crossed = halves.flip(2)
+        halves.mul_(rotation[:, None, :1]).addcmul_(crossed, rotation[:, None, 1:])
+        lines = qkv[:, -stored:]
+        if isinstance(plan.lines, int):
+            cache.lines[plan.lines : plan.lines + qkv.shape[0]] = lines
+        else:
+            cache.lines.index_copy_(0, plan.lines, lines)
+
+    def attend(self, qkv: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
+        """See ``Backend.attend``."""
+        assert isinstance(plan, PagedAttentionPlan)
+        return attend(qkv, cache, plan)

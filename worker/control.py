@@ -1,0 +1,140 @@
+"""The control loop: take a message, do it, answer.
+
+A rank that catches an error and cannot answer for its step says so (``Fault``) and ends; it never
+logs and goes on. Waits block in poll, on the socket and on the parent's end.
+"""
+
+import threading
+import time
+import traceback
+
+import setproctitle
+import zmq
+
+from protocol.control import (
+    Boot,
+    Fault,
+    FaultKind,
+    FromWorker,
+    Hello,
+    StepPlan,
+    Stop,
+    ToWorker,
+    from_worker_codec,
+    to_worker_codec,
+)
+from protocol.errors import InvalidRequestError, ProtocolError, TandemError
+from protocol.framing import MAX_CONTROL_FRAME_BYTES
+from worker.boot import Booted, boot_rank
+from worker.parent import Parent, ParentDiedError
+
+BOOT_WAIT_S = 60.0
+"""An orchestrator that lives answers Hello at once; one that does not is no parent of ours."""
+SEND_TIMEOUT_S = 10.0
+_LINGER_MS = 1000
+_QUEUE = 256
+_MESSAGE_CHARS = 500
+
+
+class Link:
+    """The socket to the orchestrator. Sending is safe from any thread, receiving is the loop's alone."""
+
+    def __init__(self, address: str, rank: int, parent: Parent) -> None:
+        self._context = zmq.Context(io_threads=1)
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, str(rank).encode())
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_CONTROL_FRAME_BYTES)
+        self._socket.setsockopt(zmq.SNDHWM, _QUEUE)
+        self._socket.setsockopt(zmq.RCVHWM, _QUEUE)
+        self._socket.setsockopt(zmq.SNDTIMEO, int(SEND_TIMEOUT_S * 1000))
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._socket.connect(address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(parent.fd, zmq.POLLIN)
+        self._parent = parent
+        self._lock = threading.Lock()
+        self._encoder, self._decoder = from_worker_codec(), to_worker_codec()
+
+    def send(self, message: FromWorker) -> None:
+        """Send a message; waits while the queue is full, for ``SEND_TIMEOUT_S`` at most."""
+        with self._lock:
+            self._socket.send(self._encoder.encode(message))
+
+    def receive(self, timeout_s: float | None = None) -> ToWorker:
+        """Wait for a message. Errors: ``ParentDiedError``, ``TimeoutError``, those of a codec."""
+        ready = dict(self._poller.poll(None if timeout_s is None else int(timeout_s * 1000)))
+        if self._parent.fd in ready:
+            raise ParentDiedError
+        if not ready:
+            raise TimeoutError(f"no message in {timeout_s:g} s")
+        with self._lock:
+            return self._decoder.decode(self._socket.recv())
+
+    def close(self) -> None:
+        """Close, after what was sent has gone out or ``LINGER`` has passed."""
+        self._socket.close()
+        self._context.term()
+
+
+def run(link: Link, rank: int, epoch: int, pid: int) -> int:
+    """Live as one rank until Stop; return the exit code."""
+    kind = FaultKind.LOAD
+    try:
+        link.send(Hello(epoch, rank, pid))
+        booted = boot_rank(_await_boot(link, rank, epoch), link.send)
+        link.send(booted.ready)
+        kind = FaultKind.STEP
+        _serve(link, booted, epoch)
+        booted.comm.close()
+    except ParentDiedError:
+        return 1
+    except zmq.ZMQError:
+        traceback.print_exc()
+        return 1  # Nobody can be told.
+    except Exception as error:
+        return _fault(link, rank, epoch, kind, error)
+    return 0
+
+
+def _await_boot(link: Link, rank: int, epoch: int) -> Boot:
+    deadline_s = time.monotonic() + BOOT_WAIT_S
+    while True:
+        message = link.receive(max(deadline_s - time.monotonic(), 0.0))
+        if message.epoch != epoch:
+            continue
+        if not isinstance(message, Boot) or message.rank != rank:
+            raise ProtocolError(f"rank {rank} expected its Boot, not {type(message).__name__}")
+        setproctitle.setproctitle(
+            f"tandem: {message.instance} worker {rank + 1}/{message.topology.world_size}"
+        )
+        return message
+
+
+def _serve(link: Link, booted: Booted, epoch: int) -> None:
+    while True:
+        message = link.receive()
+        if message.epoch != epoch:
+            continue
+        match message:
+            case StepPlan():
+                result = booted.runner.step(message)
+                if result is not None:
+                    link.send(result)
+            case Stop():
+                return
+            case Boot():
+                raise ProtocolError("a rank that has booted was told to boot")
+
+
+def _fault(link: Link, rank: int, epoch: int, kind: FaultKind, error: Exception) -> int:
+    code = "error"
+    if isinstance(error, TandemError):
+        code, text = error.code, error.message
+        if isinstance(error, ProtocolError | InvalidRequestError) and kind is not FaultKind.LOAD:
+            kind = FaultKind.PROTOCOL
+    else:
+        traceback.print_exception(error)
+        text = f"{type(error).__name__}: {error}"
+    link.send(Fault(epoch, rank, kind, text[:_MESSAGE_CHARS], code))
+    return 1

@@ -1,0 +1,18 @@
+"""The gated feed-forward block (SwiGLU, arXiv:2002.05202); its inner features are cut over the group."""
+
+import torch
+
+from worker.layers.parts import Parts
+
+
+class SwiGLU:
+    """down(silu(gate(x)) · up(x)); what it returns is a partial sum over the group."""
+
+    def __init__(self, parts: Parts, prefix: str) -> None:
+        self._backend = parts.backend
+        self._gate_up, self._down = parts.weights[f"{prefix}gate_up"], parts.weights[f"{prefix}down"]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part [tokens, hidden]."""
+        backend = self._backend
+        return backend.linear(backend.swiglu(backend.linear(x, self._gate_up)), self._down)

@@ -1,0 +1,49 @@
+"""What the runner asks of a forward pass, and which one serves which architecture."""
+
+from typing import Protocol
+
+import torch
+
+from models.spec import ModelSpec
+from protocol.errors import UnsupportedModelError
+from worker.context import StepContext
+from worker.layers.parts import Parts
+from worker.models.llama import Llama
+
+
+class StageModel(Protocol):
+    """One stage of one architecture on one rank."""
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return [tokens, hidden] of [tokens] int64. First stage only."""
+
+    def forward(self, hidden: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """Return the residual stream after this stage's layers, [tokens, hidden]; may reuse ``hidden``."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return float32 [rows, local vocabulary] of [rows, hidden]. Last stage only."""
+
+
+_ARCHITECTURES = {"llama": Llama}
+
+
+def build(
+    parts: Parts, model: ModelSpec, layers: range, context: int, *, is_first: bool, is_last: bool
+) -> StageModel:
+    """Return the stage that runs ``layers``; ``context`` bounds positions.
+
+    Errors: ``UnsupportedModelError`` for an architecture without a forward pass.
+    """
+    architecture = _ARCHITECTURES.get(model.architecture)
+    if architecture is None:
+        raise UnsupportedModelError(
+            f"architecture {model.architecture!r} has no forward pass here: "
+            f"{', '.join(sorted(_ARCHITECTURES))} have",
+            field="architectures",
+        )
+    for group in model.kv_groups:
+        if group.kind != "full":
+            raise UnsupportedModelError(
+                f"KV group {group.name!r} is {group.kind}: only full attention is served"
+            )
+    return architecture(parts, model, layers, context, is_first=is_first, is_last=is_last)

@@ -1,0 +1,106 @@
+"""The first steps of a rank: they touch every path, and measure its time and its memory.
+
+Every rank runs the same steps, chosen from the model's arithmetic and never from the clock, so that
+the collectives inside them match. A step's time is that of the whole pipeline: barrier to barrier.
+"""
+
+import time
+from dataclasses import dataclass
+
+from models.spec import ModelSpec
+from protocol.control import Advance, NewRow, StepPlan
+from protocol.sampling import SamplingParams
+from worker.batch import BatchLimits
+from worker.comm import Communicator
+from worker.memory import MemoryMeter
+from worker.runner import Runner
+
+CHUNK_FLOPS = 3e10
+"""What the warm-up's largest chunk may cost over all ranks: below a second on two old cores."""
+CONTEXT_TOKENS = 8192
+"""The warm-up's longest context; a longer one is taken to cost in proportion."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Coefficients of a step's predicted time."""
+
+    fixed_s: float
+    per_token_s: float
+
+
+class WarmUp:
+    """Drives a runner through plans of its own making, and leaves it without rows."""
+
+    def __init__(self, runner: Runner, comm: Communicator, spec: ModelSpec, meter: MemoryMeter) -> None:
+        self._runner, self._comm, self._spec, self._meter = runner, comm, spec, meter
+        self._limits: BatchLimits = runner.limits
+        self._step = 0
+
+    def run(self) -> StepTimes:
+        """Run the steps; memory goes to the meter."""
+        limits, spec = self._limits, self._spec
+        room = min(limits.context, limits.num_blocks * limits.block_tokens)
+        chunk = min(limits.step_tokens, room, max(round(CHUNK_FLOPS / spec.flops_per_token), 16))
+        # A token at a time: what the first products of the process load belongs to no step.
+        self._meter.growth("runtime", lambda: self._time([self._row(0, 1, 0)]))
+        fixed_s = min(self._time([self._row(0, 1, 0)]) for _ in range(2))
+        chunk_s = self._meter.peak(
+            "activations", lambda: self._time([self._row(0, chunk, 0)]), limits.step_tokens / chunk
+        )
+        context = min(room, CONTEXT_TOKENS)
+        context_s = self._meter.peak("workspace", lambda: self._time([self._row(0, context, context - 1)]))
+        rows = min(limits.max_rows, limits.num_blocks, limits.step_tokens, self._runner.logit_rows, chunk)
+        self._meter.peak("logits", lambda: self._time([self._row(slot, 1, 0) for slot in range(rows)]))
+        self._runner.reset()
+        # A token costs its products and its attention; the longest context decides the bound.
+        share = (spec.flops_per_token + self._attention_flops(limits.context)) / (
+            spec.flops_per_token + self._attention_flops(chunk / 2)
+        )
+        per_token_s = max(chunk_s / chunk * share, (context_s - fixed_s) * limits.context / context, 1e-9)
+        return StepTimes(fixed_s, per_token_s)
+
+    def _attention_flops(self, context: float) -> float:
+        """Return 2 × the multiply-adds of one token's scores and sums over a context, all layers."""
+        return sum(
+            2.0 * self._spec.heads * (g.key_dim + g.value_dim) * context * len(g.layers)
+            for g in self._spec.kv_groups
+        )
+
+    def _row(self, slot: int, known: int, computed: int) -> NewRow:
+        limits = self._limits
+        count = -(-known // limits.block_tokens)
+        if computed:
+            # Two blocks in turn: a context that must be gathered, without touching the pool's memory.
+            blocks = [(i % 2) * (limits.num_blocks - 1) for i in range(count)]
+        else:
+            blocks = list(range(slot, slot + count))
+        return NewRow(
+            slot=slot,
+            token_ids=[0] * known,
+            num_prompt_tokens=known,
+            num_computed_tokens=computed,
+            block_ids=(blocks,) * limits.num_groups,
+            # A filter asks for the whole distribution, the most that sampling can take.
+            sampling=SamplingParams(top_p=0.9, seed=0),
+            banned_token_ids=[],
+            banned_until=0,
+        )
+
+    def _time(self, rows: list[NewRow]) -> float:
+        """Run new rows in one step, then release them; return the step's seconds."""
+        advances = [
+            Advance(row.slot, len(row.token_ids) - row.num_computed_tokens, None, wants_logits=True)
+            for row in rows
+        ]
+        self._comm.barrier()
+        began_s = time.monotonic()
+        self._plan(StepPlan(0, self._step, [], rows, advances))
+        self._comm.barrier()
+        took_s = time.monotonic() - began_s
+        self._plan(StepPlan(0, self._step, [row.slot for row in rows], [], []))
+        return took_s
+
+    def _plan(self, plan: StepPlan) -> None:
+        self._runner.step(plan)
+        self._step += 1
