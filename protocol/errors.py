@@ -78,6 +78,12 @@ class StorageError(TandemError):
     code = "storage"
 
 
+class DownloadError(TandemError):
+    """A model that could not be fetched, or came with other bytes than were published."""
+
+    code = "download"
+
+
 class QueueFullError(TandemError):
     """Admission control refused: the queue is at its bound. Try again later."""
 
@@ -106,6 +112,12 @@ class ProtocolError(TandemError):
     """Bytes that are no message of this protocol version, or break its size limits."""
 
     code = "protocol"
+
+
+class SlowReaderError(TandemError):
+    """A client takes its events so slowly that the bound on what waits for it is reached."""
+
+    code = "slow_reader"
 
 
 class NotFoundError(TandemError):
