@@ -1,0 +1,102 @@
+"""The clients' ROUTER socket on the asyncio loop: raw non-blocking sends and receives, no futures."""
+
+import asyncio
+import errno
+from collections.abc import Callable
+from enum import Enum, auto
+from pathlib import Path
+from typing import Final
+
+import zmq
+
+from protocol.errors import StorageError
+from protocol.framing import MAX_CLIENT_FRAME_BYTES
+
+HIGH_WATER_MESSAGES: Final = 64
+"""Frames in either direction that ZeroMQ holds for one client."""
+LINGER_MS: Final = 500
+MESSAGES_A_TURN: Final = 64
+"""Received before the loop gets to do something else."""
+
+
+class Sent(Enum):
+    """What became of a frame."""
+
+    YES = auto()
+    FULL = auto()
+    """The client's queue is full: try again later."""
+    GONE = auto()
+    """No client by that id is connected any more."""
+
+
+class Router:
+    """Owns the socket. ``on_message(peer, frame)`` gets every message of a client, in order."""
+
+    def __init__(self, address: str, on_message: Callable[[bytes, bytes], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_message = on_message
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        options = {
+            zmq.ROUTER_MANDATORY: 1,
+            zmq.SNDHWM: HIGH_WATER_MESSAGES,
+            zmq.RCVHWM: HIGH_WATER_MESSAGES,
+            # Above a frame's own limit, so that a frame a little too large gets its answer in words;
+            # one much too large loses its connection.
+            zmq.MAXMSGSIZE: 2 * MAX_CLIENT_FRAME_BYTES,
+            zmq.LINGER: LINGER_MS,
+        }
+        for option, value in options.items():
+            self._socket.setsockopt(option, value)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise StorageError(f"clients cannot be served at {address}: {error.strerror}") from None
+        if address.startswith("ipc://"):
+            Path(address.removeprefix("ipc://")).chmod(0o600)
+        self._descriptor = int(self._socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._descriptor, self._receive)
+        self._again: asyncio.Handle | None = self._loop.call_soon(self._receive)
+
+    def send(self, peer: bytes, frame: bytes) -> Sent:
+        """Hand a frame to ZeroMQ, or say why not; never blocks."""
+        try:
+            self._socket.send(peer, zmq.NOBLOCK | zmq.SNDMORE)
+            self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return Sent.FULL
+        except zmq.ZMQError as error:
+            if error.errno == errno.EHOSTUNREACH:
+                return Sent.GONE
+            raise
+        # The descriptor is edge-triggered and sending may have swallowed the edge of an arrival.
+        if self._again is None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._again = self._loop.call_soon(self._receive)
+        return Sent.YES
+
+    def close(self) -> None:
+        """Close the socket; what was sent has ``LINGER_MS`` to leave."""
+        if self._socket.closed:
+            return
+        self._loop.remove_reader(self._descriptor)
+        if self._again is not None:
+            self._again.cancel()
+        self._socket.close()
+        self._context.term()
+
+    def _receive(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
+        for _ in range(MESSAGES_A_TURN):
+            try:
+                peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            # A message of several frames is none of ours; as an empty one it is refused in words.
+            self._on_message(peer, frames[0] if len(frames) == 1 else b"")
+            if self._socket.closed:
+                return
+        if self._again is None:
+            self._again = self._loop.call_soon(self._receive)
