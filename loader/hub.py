@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,13 +32,14 @@ _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 def resolve(name: str, cache_root: Path, known: Mapping[str, Source] = KNOWN) -> Path | None:
     """Return the directory of a model that is here, None where it would have to be pulled.
 
-    Errors: ``UnknownModelError`` for what is no name of a model, listing the forms.
+    Errors: ``UnknownModelError`` for what is no name of a model, listing the forms; ``StorageError`` for
+    what may not be read.
     """
     local = _local(name, known)
     if local is not None:
         return local
     target = cache_root / _directory_name(name, known)
-    return target if (target / "config.json").is_file() else None
+    return target if _is_complete(target) else None
 
 
 def pull(
@@ -62,7 +64,7 @@ def pull(
     source = known.get(name) or HubModel(name)
     target = cache_root / _directory_name(name, known)
     with _refusals(target), _locked(cache_root, target.name, report):
-        if (target / "config.json").is_file():  # the process that we waited for has pulled it
+        if _is_complete(target):  # the process that we waited for has pulled it
             return target
         _remove_stale(cache_root, target.name)
         scratch = Path(tempfile.mkdtemp(prefix=_scratch_prefix(target.name), dir=cache_root))
@@ -87,18 +89,37 @@ def _local(name: str, known: Mapping[str, Source]) -> Path | None:
     """Return the directory that ``name`` is, None for a short name or a repository."""
     if name in known:
         return None
-    # A path with a zero byte or of absurd length is no path; the system would raise, not answer.
-    path = Path(name) if name and "\0" not in name and len(name) < 4096 else None
-    if path is not None and path.is_dir():
-        return path
+    if name and _mode(name) == stat.S_IFDIR:
+        return Path(name)
     if _is_repository(name):
         return None
-    what = f"{name[:200]!r} is no directory" if path is None or not path.exists() else f"{path} is a file"
+    what = f"{name[:200]!r} is no directory"
     raise UnknownModelError(
         f"{what} and no model's name. A model is one of {', '.join(known)}; or a Hugging Face "
         "repository as org/name; or the path of a directory with config.json and *.safetensors",
         field="model",
     )
+
+
+def _mode(path: str) -> int | None:
+    """Return what kind of file a path is, None where it is nothing or no possible path."""
+    try:
+        return stat.S_IFMT(Path(path).stat().st_mode)
+    except PermissionError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}", field="model") from None
+    except (OSError, ValueError):  # ValueError: a zero byte, or characters that no path can have
+        return None
+
+
+def _is_complete(target: Path) -> bool:
+    try:
+        return (target / "config.json").is_file()
+    except OSError as error:
+        raise StorageError(
+            f"{target} cannot be read: {error.strerror}; make it readable or choose another cache "
+            "directory",
+            field="cache",
+        ) from error
 
 
 def _is_repository(name: str) -> bool:

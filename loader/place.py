@@ -148,16 +148,21 @@ def _convert_chunk(source: Array, source_dtype: str, target: Array, dtype: str) 
             np.copyto(target, source)
         return
     assert dtype == "bfloat16", dtype
-    bits = source.astype(np.float32).view(np.uint32)
-    np.copyto(target, _round_to_bfloat16(bits), casting="same_kind")
+    values = source if source_dtype == "float32" else source.astype(np.float32)
+    np.copyto(target, _round_to_bfloat16(values), casting="same_kind")
 
 
-def _round_to_bfloat16(bits: Array) -> Array:
-    """Return the upper halves of float32 bits, rounded to nearest even."""
-    upper = bits >> 16
-    rounded: Array = (bits + (upper & 1) + 0x7FFF) >> 16
-    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+def _round_to_bfloat16(values: Array) -> Array:
+    """Return the upper halves of float32 values, rounded to nearest even, as uint32."""
+    bits = values.view(np.uint32)
+    # (bits + 0x7FFF + (lowest kept bit)) >> 16, in place: this is what a conversion's speed hangs on.
+    rounded: Array = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    is_nan = np.isnan(values)
     if is_nan.any():
         # Rounding could carry a NaN's mantissa into the sign; a payload in the lower half would be lost.
-        rounded[is_nan] = upper[is_nan] | _QUIET
+        rounded[is_nan] = (bits[is_nan] >> 16) | _QUIET
     return rounded

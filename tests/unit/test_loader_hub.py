@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loader import wheel as wheel_module
 from loader.catalogue import KNOWN, HubModel, WheelModel
@@ -58,8 +60,8 @@ def test_one_repository_has_one_directory(cache: Path) -> None:
     "name",
     ["", "smollm", "SMOLLM2-135M", "org/", "/name", "org/name/more", "../x", "org/..", "../../etc/passwd",
      "/etc/passwd", "org/na me", "org/name\n", "\0", "a\0b/c", "-org/name", ".org/name", "org/.name",
-     "org--x/name", "org/a..b", "x" * 5000, "x" * 97 + "/y", "https://huggingface.co/org/name", "org\\name",
-     "órg/name", "~", "smollm2-135m/"],
+     "org--x/name", "org/a..b", "x" * 5000, "x" * 300, "\ud800", "x" * 97 + "/y", "órg/name", "~",
+     "https://huggingface.co/org/name", "org\\name", "smollm2-135m/"],
 )  # fmt: skip
 def test_what_is_no_name(name: str, cache: Path) -> None:
     for call in (resolve, pull):
@@ -67,6 +69,15 @@ def test_what_is_no_name(name: str, cache: Path) -> None:
             call(name, cache)
         assert caught.value.field == "model"
     assert not cache.exists()
+
+
+@given(st.text(max_size=300) | st.text("abcAZ09._-/\\~\0", max_size=20))
+def test_any_text_is_answered(name: str) -> None:
+    try:
+        found = resolve(name, Path("/nowhere"))
+    except UnknownModelError:
+        return
+    assert found is None or found.is_dir()
 
 
 def fake_download(monkeypatch: pytest.MonkeyPatch, wheels: Path) -> None:

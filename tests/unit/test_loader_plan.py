@@ -68,6 +68,18 @@ def write_checkpoint(
     (directory / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
 
 
+def misalign(file: Path, spaces: int) -> None:
+    """Lengthen a header, so that elements stand at addresses that are no multiple of their size."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    file.write_bytes(
+        (length + spaces).to_bytes(8, "little")
+        + content[8 : 8 + length]
+        + b" " * spaces
+        + content[8 + length :]
+    )
+
+
 def naive(
     directory: Path, model: ModelSpec, topology: Topology, stages: tuple[range, ...], rank: int
 ) -> bytes:
@@ -145,6 +157,7 @@ layouts = st.fixed_dictionaries(
         "block": st.sampled_from([64, 512, 4096, plan_module.BLOCK_BYTES]),
         "share": st.sampled_from([16, 256, plan_module.SHARE_BYTES]),
         "threads": st.integers(1, 4),
+        "spaces": st.integers(0, 3),
         "seed": st.integers(0, 1000),
     }
 )
@@ -165,6 +178,8 @@ def check_layout(case: dict[str, Any], directory: Path) -> None:
     topology = Topology(tp=tp, pp=min(case["pp"], case["layers"]))
     stages = even_stages(case["layers"], topology.pp)
     write_checkpoint(directory, model, case["on_disk"], case["shards"], case["seed"])
+    for file in directory.glob("*.safetensors"):
+        misalign(file, case["spaces"])
     checkpoint = read_index(directory)
     check_against(model, checkpoint)
     with pytest.MonkeyPatch.context() as patch:
