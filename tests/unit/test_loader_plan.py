@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import msgspec
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from loader import plan as plan_module
 from loader import reader
 from loader.index import INDEX_NAME, check_against, read_index
-from loader.place import convert
 from loader.plan import LoadPlan, plan_load
 from loader.reader import arenas_written, load
 from models.layout import arena
 from models.llama import spec
+from models.parameter import Cut, ParameterSpec, Segment
 from models.spec import ModelSpec
 from protocol.errors import ModelFormatError, StorageError
 from protocol.topology import Topology
@@ -285,41 +285,6 @@ def test_full_size_blocks(tmp_path: Path) -> None:
         assert held[: plan.arena_bytes[rank]] == naive(tmp_path, model, topology, (range(1),), rank)
 
 
-def all_float16() -> np.ndarray[Any, Any]:
-    return np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("source_dtype", ["float16", "bfloat16"])
-def test_all_16_bit_patterns(source_dtype: str, dtype: str) -> None:
-    check_conversion(all_float16(), source_dtype, dtype)
-
-
-def test_float32_to_bfloat16() -> None:
-    near = np.concatenate(
-        [np.arange(256, dtype=np.uint32) << 23, (np.arange(256, dtype=np.uint32) << 23) | (1 << 31)]
-    )
-    ties = [near + d for d in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x18000, 0x17FFF, 0x7FFFFF, 0x7F8000)]
-    random_ = np.random.default_rng(0).integers(0, 1 << 32, 300_000, dtype=np.uint32)
-    check_conversion(np.concatenate([*ties, random_]), "float32", "bfloat16")
-
-
-def check_conversion(bits: np.ndarray[Any, Any], source_dtype: str, dtype: str) -> None:
-    kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-    source = bits.view(kinds[source_dtype]).reshape(1, -1)
-    target = np.zeros(source.shape, kinds[dtype])
-    convert(source, source_dtype, target, dtype)
-    integers = {2: np.int16, 4: np.int32}
-    tensor = torch.from_numpy(bits.view(integers[bits.itemsize]).copy()).view(TORCH[source_dtype])
-    expected = tensor.to(TORCH[dtype])
-    found = torch.from_numpy(target.view(integers[target.itemsize])).view(TORCH[dtype]).reshape(-1)
-    nan = expected.isnan()
-    assert torch.equal(found.isnan(), nan)
-    as_integers = {2: torch.int16, 4: torch.int32}[target.itemsize]
-    assert torch.equal(found.view(as_integers)[~nan], expected.view(as_integers)[~nan])
-    assert torch.equal(found.signbit()[nan], tensor.signbit()[nan])
-
-
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
@@ -399,3 +364,25 @@ def test_read_sizes(tmp_path: Path) -> None:
     model = medium(tmp_path)
     plan = plan_load(model, read_index(tmp_path), Topology(), (range(3),))
     assert len(plan.reads[0]) <= math.ceil(plan.total_bytes / plan_module.BLOCK_BYTES) + 2 * len(plan.files)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((4, 6, 10), 0), ((4, 6, 10), 1), ((4, 6, 10), 2), ((7, 3), 1), ((9,), 0)]
+)
+def test_tensors_of_any_rank(shape: tuple[int, ...], dim: int, tp: int, tmp_path: Path) -> None:
+    """Cuts that fused experts will need: any dimension of three, padded where it does not divide."""
+    cut = Cut(dim=dim, unit="row", pad=True)
+    parameters = (
+        ParameterSpec("cut", (Segment("a", shape, shape[dim]),), "float32", layer=0, cut=cut),
+        ParameterSpec("whole", (Segment("b", shape),), "bfloat16", layer=0),
+    )
+    model = msgspec.structs.replace(
+        spec(make_config(4, 4, 2, 3, 1, 5, True), "float32"), parameters=parameters
+    )
+    write_checkpoint(tmp_path, model, ["float32", "bfloat16"], 1, 0)
+    topology = Topology(tp=tp)
+    plan = plan_load(model, read_index(tmp_path), topology, (range(1),))
+    check_reads(plan, model, tmp_path)
+    for rank, held in enumerate(run_all(plan)):
+        assert held[: plan.arena_bytes[rank]] == naive(tmp_path, model, topology, (range(1),), rank)
