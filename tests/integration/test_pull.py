@@ -160,7 +160,7 @@ REPOSITORY = {
     "tokenizer_config.json": b'{"a": 1}',
     "modeling_evil.py": b"raise SystemExit",
     "tokenization_evil.py": b"raise SystemExit",
-    "pytorch_model.bin": b"pickle",
+    "pytorch_model.bin": b"other",
     "consolidated.safetensors": b"again",
     "original/weights.safetensors": b"again",
 }
