@@ -31,11 +31,11 @@ class LayerCache:
     value_dim: int
 
     def keys_values(self, lines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views [tokens, heads, dim] of the keys and the values in some lines."""
+        """Return views [heads, tokens, dim] of the keys and the values in some lines."""
         split = self.heads * self.key_dim
         return (
-            lines[:, :split].view(-1, self.heads, self.key_dim),
-            lines[:, split:].view(-1, self.heads, self.value_dim),
+            lines[:, :split].view(-1, self.heads, self.key_dim).transpose(0, 1),
+            lines[:, split:].view(-1, self.heads, self.value_dim).transpose(0, 1),
         )
 
 

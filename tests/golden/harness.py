@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from worker.comm import Communicator, thread_group
-
 from loader.index import check_against, read_index
 from loader.plan import plan_load
 from loader.reader import load
@@ -26,6 +24,7 @@ from protocol.control import Advance, NewRow, StepPlan, StepResult, TokenLogprob
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from worker.assemble import RankLimits, assemble
+from worker.comm import Communicator, ThreadCommunicator, thread_group
 from worker.runner import Runner
 
 WAIT_S = 60.0
@@ -106,7 +105,7 @@ def run_ranks_as_threads(
 
 
 def _rank(
-    comm: Communicator,
+    comm: ThreadCommunicator,
     build: Callable[[Communicator], Runner],
     plans: "queue.Queue[StepPlan | None]",
     results: "queue.Queue[StepResult | BaseException]",
@@ -119,6 +118,7 @@ def _rank(
                 results.put(result)
     except BaseException as error:
         results.put(error)
+        comm.abort()
     finally:
         comm.close()
 

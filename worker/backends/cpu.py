@@ -20,11 +20,12 @@ _ONEDNN_ROWS = range(4, 193)
 
 
 class CpuBackend:
-    """``Backend`` on host memory. Holds no state but its bounds."""
+    """``Backend`` on host memory. Owns the scratch that scattered pages are gathered into."""
 
     def __init__(self, gather_bytes: int = GATHER_BYTES) -> None:
         self.device = torch.device("cpu")
-        self._gather_bytes = gather_bytes
+        # Allocated once: fresh pages for each layer's gather would cost several times the copy.
+        self._scratch = torch.empty(gather_bytes, dtype=torch.uint8)
         self._has_onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,8 @@ class CpuBackend:
         self, spans: list[RowSpan], group: int, block_tokens: int, width: int
     ) -> AttentionPlan:
         """See ``Backend.plan_attention``."""
-        gather_blocks = max(self._gather_bytes // (width * 4 * block_tokens), 1)
+        gather_blocks = self._scratch.numel() // (width * 4 * block_tokens)
+        assert gather_blocks >= 1, (width, block_tokens)
         return plan_attention(spans, group, block_tokens, gather_blocks)
 
     def rope_and_store(
@@ -96,4 +98,4 @@ class CpuBackend:
     def attend(self, qkv: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
         """See ``Backend.attend``."""
         assert isinstance(plan, PagedAttentionPlan)
-        return attend(qkv, cache, plan)
+        return attend(qkv, cache, plan, self._scratch)

@@ -13,6 +13,9 @@ import torch
 from kv.tensors import LayerCache
 from worker.context import AttentionPlan, RowSpan
 
+Part = tuple[torch.Tensor, torch.Tensor]
+"""Attention to a part of the context, [n, heads, value_dim], and its scores' log-sum-exp, float32."""
+
 # The public function does not return the log-sum-exp.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
 
@@ -111,12 +114,13 @@ def _new_lines(spans: list[RowSpan], group: int, block_tokens: int) -> torch.Ten
     return torch.tensor(lines)
 
 
-def attend(qkv: torch.Tensor, cache: LayerCache, plan: PagedAttentionPlan) -> torch.Tensor:
-    """Return [tokens, heads * value_dim]; see ``Backend.attend``."""
+def attend(
+    qkv: torch.Tensor, cache: LayerCache, plan: PagedAttentionPlan, scratch: torch.Tensor
+) -> torch.Tensor:
+    """Return [tokens, heads * value_dim]; see ``Backend.attend``. ``scratch`` holds one gather's bytes."""
     stored = cache.heads * (cache.key_dim + cache.value_dim)
     queries = qkv[:, :-stored].view(qkv.shape[0], -1, cache.key_dim)
-    out = qkv.new_empty((qkv.shape[0], queries.shape[1], cache.value_dim))
-    merged: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    merged: dict[int, Part] = {}
     for row, span in enumerate(plan.rows):
         if span.count > 1:
             own = slice(span.offset, span.offset + span.count)
@@ -128,36 +132,45 @@ def attend(qkv: torch.Tensor, cache: LayerCache, plan: PagedAttentionPlan) -> to
         lines = cache.lines
         if source.blocks is not None:
             pages = lines.view(-1, plan.block_tokens * lines.shape[1])
-            lines = pages.index_select(0, source.blocks).view(-1, lines.shape[1])
+            copies = scratch.view(lines.dtype)[: len(source.blocks) * pages.shape[1]].view(
+                -1, pages.shape[1]
+            )
+            lines = torch.index_select(pages, 0, source.blocks, out=copies).view(-1, lines.shape[1])
+        keys, values = cache.keys_values(lines)
         for piece in source.pieces:
-            span = plan.rows[piece.row]
-            keys, values = cache.keys_values(lines[piece.first : piece.first + piece.length])
-            part = _attention(queries[span.offset : span.offset + span.count], keys, values)
+            span, end = plan.rows[piece.row], piece.first + piece.length
+            part = _attention(
+                queries[span.offset : span.offset + span.count],
+                keys[:, piece.first : end],
+                values[:, piece.first : end],
+            )
             before = merged.get(piece.row)
             merged[piece.row] = part if before is None else _merge(before, part)
-    for row, span in enumerate(plan.rows):
-        out[span.offset : span.offset + span.count] = merged[row][0]
-    return out.flatten(1)
+    return torch.cat([merged[row][0] for row in range(len(plan.rows))]).flatten(1)
 
 
 def _attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, is_causal: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return attention [n, heads, value_dim] and the scores' log-sum-exp [n, heads, 1], float32."""
+) -> Part:
+    """Return a part; keys and values are [heads, tokens, dim]."""
     n, heads, dim = queries.shape
-    keys, values = keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
     if n == 1:
         # The heads that share a KV head are its queries: each key is read once for all of them.
-        grouped = queries.view(1, keys.shape[1], -1, dim)
-        out, lse = _flash(grouped, keys, values)
-        return out.reshape(1, heads, -1), lse.reshape(1, heads, 1)
-    out, lse = _flash(queries.transpose(0, 1).unsqueeze(0), keys, values, 0.0, is_causal)
-    return out[0].transpose(0, 1), lse[0].transpose(0, 1).unsqueeze(-1)
+        grouped = queries.view(1, keys.shape[0], -1, dim)
+        out, lse = _flash(grouped, keys[None], values[None])
+        return out.reshape(1, heads, -1), lse
+    out, lse = _flash(queries.transpose(0, 1)[None], keys[None], values[None], 0.0, is_causal)
+    return out[0].transpose(0, 1), lse
 
 
-def _merge(
-    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _merge(a: Part, b: Part) -> Part:
+    n, heads, _ = a[0].shape
     lse = torch.logaddexp(a[1], b[1])
-    out = a[0] * torch.exp(a[1] - lse) + b[0] * torch.exp(b[1] - lse)
-    return out, lse
+
+    def weight(part: Part) -> torch.Tensor:
+        # One query: [1, KV heads, its queries]; more: [1, heads, n].
+        exponent = torch.exp(part[1] - lse)
+        return exponent.reshape(1, heads, 1) if n == 1 else exponent[0].t().unsqueeze(-1)
+
+    out = a[0] * weight(a) + b[0] * weight(b)
+    return out.to(a[0].dtype), lse
