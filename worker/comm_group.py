@@ -128,7 +128,7 @@ class TensorGroup:
         firsts = [sum(row[: self._index]) * width for row in table]
         sizes = [row[self._index] * width for row in table]
         out = x.new_empty((sum(row[self._index] for row in table), *x.shape[1:]))
-        received = out.view(-1).split(sizes)
+        received = torch.split_with_sizes(out.view(-1), sizes)
         for start, end in self._pieces(flat.numel(), x.element_size()):
             parts = meet(Operation.ALL_TO_ALL, flat[start:end])
             for index, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
