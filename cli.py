@@ -1,0 +1,286 @@
+"""The ``tandem`` command. Parses, calls, prints: what is done stands in the rooms.
+
+The one place that reads environment variables: ``XDG_RUNTIME_DIR``, ``XDG_CACHE_HOME``, ``HOME`` and
+``NO_COLOR``. Every command takes ``--json``: then standard output is one JSON object and nothing else. Exit
+code 1 is an error that is said, 2 a command line that is wrong, 130 Ctrl-C. Imports are made by the command
+that needs them, so that the small ones answer at once.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+import msgspec
+
+from protocol.errors import ErrorInfo, TandemError
+from protocol.runtime_dir import running_instances, runtime_root
+
+if TYPE_CHECKING:
+    from tandem import Client, Parameters
+
+F = TypeVar("F", bound=Callable[..., Any])
+JSON = "tandem.json"
+INTERRUPTED = 130
+
+
+def _colour() -> bool:
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tandem"
+
+
+def _root() -> Path:
+    return runtime_root(os.environ)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(msgspec.json.encode(value).decode())
+
+
+class _Commands(click.Group):
+    """Shows errors in the way that was asked for."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TandemError as error:
+            self._show(ctx, error.info())
+            ctx.exit(1)
+        except click.UsageError as error:
+            if not ctx.meta.get(JSON):
+                raise
+            self._show(ctx, ErrorInfo("usage", error.format_message()))
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo(err=True)
+            ctx.exit(INTERRUPTED)
+
+    def _show(self, ctx: click.Context, error: ErrorInfo) -> None:
+        if ctx.meta.get(JSON):
+            _print_json({"error": error})
+        else:
+            label = click.style("Error:", fg="red") if _colour() and sys.stderr.isatty() else "Error:"
+            click.echo(f"{label} {error.message}", err=True)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tandem")
+def main() -> None:
+    """Serve one large language model over many worker processes."""
+
+
+def _json_option(function: F) -> F:
+    def remember(ctx: click.Context, _option: click.Parameter, value: bool) -> bool:
+        ctx.meta[JSON] = value
+        return value
+
+    option = click.option(
+        "--json", "as_json", is_flag=True, is_eager=True, callback=remember, help="Print one JSON object."
+    )
+    return option(function)
+
+
+def _layout_options(function: F) -> F:
+    """Add what ``serve`` takes and what ``run`` and ``chat`` pass on to the server that they start."""
+    for option in reversed(
+        (
+            click.option("--tp", type=click.IntRange(1), help="Ranks that share each layer [1]."),
+            click.option("--pp", type=click.IntRange(1), help="Stages that the layers are cut into [1]."),
+            click.option(
+                "--context", type=click.IntRange(1), help="Tokens a request may hold [what fits]."
+            ),
+            click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="[float32]"),
+            click.option(
+                "--memory", type=float, metavar="GIB", help="What one device may use, over all its ranks."
+            ),
+            click.option(
+                "--boot-report", type=click.Path(dir_okay=False), help="Write the boot's timeline as JSON."
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def _serve_command(model: str, name: str, options: dict[str, Any]) -> list[str]:
+    """Return the command line of a server that ends with this process."""
+    # A checkout that is not installed is found by this file's path alone.
+    how = [__file__] if __name__ == "__main__" and __spec__ is None else ["-P", "-m", "cli"]
+    command = [sys.executable, *how, "serve", "--json", "--while-stdin", "--model", model, "--name", name]
+    for option, value in options.items():
+        if value is not None:
+            command += [f"--{option.replace('_', '-')}", str(value)]
+    return command
+
+
+@contextmanager
+def _server(name: str | None, start: list[str] | None) -> "Iterator[tuple[Client, int]]":
+    """Give a client of a running server, or of one started for it, and a pidfd of the server."""
+    from tandem import Client, find_instance
+    from tandem.local_server import LocalServer
+
+    server = LocalServer(start) if start is not None else None
+    with server or nullcontext():
+        facts = server.wait_ready() if server else find_instance(name, _root())
+        pidfd = os.pidfd_open(facts.pid)
+        try:
+            with Client(address=facts.address) as client:
+                yield client, pidfd
+        finally:
+            os.close(pidfd)
+
+
+@main.command()
+@click.argument("name")
+@_json_option
+def pull(name: str, as_json: bool) -> None:
+    """Fetch a model, once: a short name, a Hugging Face repository, or a directory."""
+    path = _pull(name)
+    if as_json:
+        _print_json({"name": name, "path": str(path)})
+    else:
+        click.echo(path)
+
+
+def _pull(name: str) -> Path:
+    from loader import hub
+
+    found = hub.resolve(name, _cache())
+    if found is not None:
+        return found
+    from tandem.render import pull_progress
+
+    with pull_progress(name, _colour()) as report:
+        return hub.pull(name, _cache(), report)
+
+
+def _start(name: str | None, model: str | None, kind: str, options: dict[str, Any]) -> list[str] | None:
+    """Return the command of the server to start, None where a running one is meant."""
+    if model is not None:
+        return _serve_command(model, name or f"{kind}-{os.getpid()}", options)
+    given = [f"--{option.replace('_', '-')}" for option, value in options.items() if value is not None]
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)}: for a server that is started; a running one has its own"
+        )
+    return None
+
+
+@main.command()
+@click.argument("model")
+@click.argument("prompt", required=False)
+@click.option("--name", help="Ask this running server instead of starting one.")
+@click.option("--prompt-ids", metavar="1,2,3", help="Token ids instead of a prompt.")
+@click.option("--raw", is_flag=True, help="The prompt as it is, without the chat template.")
+@click.option("--max-tokens", type=int, help="[what the context holds]")
+@click.option("--temperature", type=float, help="0 is greedy [1].")
+@click.option("--seed", type=int, help="The same seed gives the same answer.")
+@click.option("--logprobs", type=int, metavar="K", help="With the K most likely at each place.")
+@_layout_options
+@_json_option
+def run(
+    model: str,
+    prompt: str | None,
+    name: str | None,
+    prompt_ids: str | None,
+    raw: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Answer one PROMPT and end: from a server that is started for it, or a running one (--name)."""
+    from tandem.one_answer import Prompt, as_data, ask, parse_token_ids
+    from tandem.render import Screen
+
+    if (prompt is None) == (prompt_ids is None):
+        raise click.UsageError("give a PROMPT or --prompt-ids, one of them")
+    asked = Prompt(prompt, None if prompt_ids is None else parse_token_ids(prompt_ids), raw)
+    drawn = {key: options.pop(key) for key in ("max_tokens", "temperature", "seed", "logprobs")}
+    parameters = cast("Parameters", {key: value for key, value in drawn.items() if value is not None})
+    with _server(name, _start(None, None if name else model, "run", options)) as (client, _pidfd):
+        info = client.info()
+        screen = Screen(sys.stdout, sys.stderr, terminal=sys.stdout.isatty(), colour=_colour())
+        show = screen.ignore if as_json else screen.answer_of(info.has_tokenizer)
+        result = ask(client, info, asked, parameters, show)
+        if as_json:
+            _print_json(as_data(result))
+        else:
+            screen.break_line()
+
+
+@main.command()
+@click.option("--model", help="Start a server of this model for the chat.")
+@click.option("--name", help="The running server to talk to, or the name of the one that is started.")
+@_layout_options
+@_json_option
+def chat(model: str | None, name: str | None, as_json: bool, **options: Any) -> None:
+    """Talk with a model: on a terminal, or one line of standard input after the other."""
+    from tandem.chat import answer_lines, open_repl, talk_on_terminal
+    from tandem.render import Screen
+
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if as_json and terminal:
+        raise click.UsageError(
+            "--json is for lines from a pipe; on a terminal, /save FILE.json writes JSON"
+        )
+    with _server(name, _start(name, model, "chat", options)) as (client, server_pidfd):
+        answers = io.StringIO() if as_json else sys.stdout
+        notes = sys.stdout if terminal else sys.stderr
+        repl = open_repl(client, Screen(answers, notes, terminal=terminal, colour=_colour()))
+        if terminal:
+            talk_on_terminal(repl, _cache() / ".chat-history", server_pidfd)
+            return
+        messages, done = answer_lines(repl, sys.stdin.buffer)
+        if as_json:
+            _print_json({"model": repl.model, "messages": messages})
+    if not done:
+        sys.exit(1)
+
+
+@main.command()
+@_json_option
+def ps(as_json: bool) -> None:
+    """List the servers that run."""
+    from tandem.render import size, table
+
+    running = running_instances(_root())
+    if as_json:
+        _print_json({"instances": running})
+    elif running:
+        rows = [(f.name, f.model, f"tp {f.tp} pp {f.pp}", f.state, size(f.memory_bytes)) for f in running]
+        click.echo(table(("NAME", "MODEL", "LAYOUT", "STATE", "MEMORY"), rows, right=frozenset({4})))
+    else:
+        click.echo("no server runs")
+
+
+@main.command()
+@click.argument("name")
+@click.option("--now", is_flag=True, help="Do not wait for requests that run.")
+@_json_option
+def stop(name: str, now: bool, as_json: bool) -> None:
+    """End a server: it finishes the requests that run, and takes no new ones."""
+    from tandem import instances
+
+    def progress(seconds: float) -> None:
+        if shown:
+            click.echo(f"\r{name} is draining, {seconds:.0f} s", err=True, nl=False)
+
+    shown = sys.stderr.isatty()
+    seconds = instances.stop(_root(), name, now=now, progress=progress)
+    if shown:
+        click.echo("\r\x1b[K", err=True, nl=False)
+    if as_json:
+        _print_json({"name": name, "stopped": True, "seconds": round(seconds, 3)})
+    else:
+        click.echo(f"{name} is stopped ({seconds:.1f} s)")
+
+
+if __name__ == "__main__":
+    main()
