@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from loader.index import check_against, read_index
 from loader.plan import plan_load
 from loader.reader import load
@@ -66,9 +68,19 @@ def run_ranks_as_threads(
     num_blocks: int = 128,
     block_tokens: int = 4,
     context: int = 256,
+    kv_groups: int = 1,
 ) -> Iterator[Instance]:
-    """Load a model directory once per layout and run its ranks until the block ends."""
+    """Load a model directory once per layout and run its ranks until the block ends.
+
+    ``kv_groups`` deals the layers out to that many groups, each under a block table of its own.
+    """
     spec = load_spec(directory, dtype)
+    (whole,) = spec.kv_groups
+    groups = tuple(
+        msgspec.structs.replace(whole, name=f"part {g}", layers=whole.layers[g::kv_groups])
+        for g in range(kv_groups)
+    )
+    spec = msgspec.structs.replace(spec, kv_groups=groups)
     checkpoint = read_index(directory)
     check_against(spec, checkpoint)
     stages = cut_stages(spec, topology, 1 << 30)
@@ -204,10 +216,10 @@ class Driver:
             blocks = self._blocks(job, job.computed + count)
             if job.slot < 0:
                 job.slot = self.slots.pop(0)
-                new_rows.append(_new_row(job, blocks))
+                new_rows.append(self._new_row(job, blocks))
                 blocks = []
             wants = job.computed + count == known
-            rows.append((job, Advance(job.slot, count, (blocks,) if blocks else None, wants)))
+            rows.append((job, Advance(job.slot, count, self._tables(blocks) if blocks else None, wants)))
             job.computed += count
             job.in_flight += wants
             left -= count
@@ -215,6 +227,23 @@ class Driver:
             return None
         self._send(new_rows, [advance for _, advance in rows])
         return rows
+
+    def _new_row(self, job: Job, blocks: list[int]) -> NewRow:
+        return NewRow(
+            slot=job.slot,
+            token_ids=job.prompt_ids + job.output_ids,
+            num_prompt_tokens=len(job.prompt_ids),
+            num_computed_tokens=job.computed,
+            block_ids=self._tables(blocks),
+            sampling=job.sampling,
+            banned_token_ids=[],
+            banned_until=0,
+        )
+
+    def _tables(self, blocks: list[int]) -> tuple[list[int], ...]:
+        # Other blocks in each group: a table that is mistaken for another's gives other tokens.
+        count, groups = self.instance.limits.num_blocks, len(self.instance.spec.kv_groups)
+        return tuple([(block + 17 * group) % count for block in blocks] for group in range(groups))
 
     def _send(self, new_rows: list[NewRow], advances: list[Advance]) -> None:
         self.instance.send(StepPlan(1, self.step, self.released, new_rows, advances))
@@ -246,16 +275,3 @@ class Driver:
             scored = result.logprobs[index] if result.logprobs is not None else None
             if scored is not None:
                 job.logprobs += scored
-
-
-def _new_row(job: Job, blocks: list[int]) -> NewRow:
-    return NewRow(
-        slot=job.slot,
-        token_ids=job.prompt_ids + job.output_ids,
-        num_prompt_tokens=len(job.prompt_ids),
-        num_computed_tokens=job.computed,
-        block_ids=(list(blocks),),
-        sampling=job.sampling,
-        banned_token_ids=[],
-        banned_until=0,
-    )

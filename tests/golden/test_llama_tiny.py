@@ -166,6 +166,15 @@ def test_many_chunk_sizes_and_a_preemption_change_nothing(root: Path) -> None:
             check(jobs, reference)
 
 
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 3)])
+def test_layers_in_several_kv_groups_go_by_their_tables(root: Path, tp: int, pp: int) -> None:
+    directory, reference = tiny(root, 2)
+    with run_ranks_as_threads(directory, Topology(tp, pp), kv_groups=2) as instance:
+        jobs = jobs_of(reference)
+        Driver(instance, chunk=7, depth=pp + 1).run(jobs)
+        check(jobs, reference)
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
 def test_prompt_logprobs_match_transformers(root: Path, tp: int, pp: int) -> None:
     directory, reference = tiny(root, 2)

@@ -1,0 +1,112 @@
+"""Measured memory, KV memory and the parent's watch."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import msgspec
+import numpy as np
+import pytest
+
+from kv.tensors import KVTensors
+from models.registry import _ARCHITECTURES
+from models.spec import ModelSpec
+from protocol.errors import MemoryBudgetError
+from worker.memory import MemoryMeter
+
+MIB = 1 << 20
+
+
+def tiny_spec(groups: int = 1) -> ModelSpec:
+    raw = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 31,
+    }
+    spec = _ARCHITECTURES["LlamaForCausalLM"](raw, "float32")
+    (whole,) = spec.kv_groups
+    parts = tuple(msgspec.structs.replace(whole, layers=whole.layers[g::groups]) for g in range(groups))
+    return msgspec.structs.replace(spec, kv_groups=parts)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_every_layer_of_the_stage_has_lines_of_its_own(groups: int, tp: int) -> None:
+    spec, layers = tiny_spec(groups), range(1, 4)
+    per_block = 3 * sum(g.bytes_per_token(tp, layers) for g in spec.kv_groups)
+    cache = KVTensors(spec, layers, tp, 7, 3, 7 * per_block)
+    assert cache.size_bytes == 7 * per_block
+    for layer in layers:
+        assert cache[layer].group == layer % groups
+        assert cache[layer].lines.shape == (21, spec.kv_groups[0].local_heads(tp) * 8)
+        cache[layer].lines.fill_(layer)
+    for layer in layers:
+        keys, values = cache[layer].keys_values(cache[layer].lines)
+        assert keys.shape == values.shape == (spec.kv_groups[0].local_heads(tp), 21, 4)
+        assert (cache[layer].lines == layer).all()
+    with pytest.raises(KeyError):
+        cache[0]
+    os.close(cache.fd)
+
+
+def test_kv_beyond_its_grant_is_refused() -> None:
+    spec = tiny_spec()
+    needed = 4 * 3 * sum(g.bytes_per_token(1, range(5)) for g in spec.kv_groups)
+    with pytest.raises(MemoryBudgetError, match=f"take {needed} bytes .* the plan grants {needed - 1}"):
+        KVTensors(spec, range(5), 1, 4, 3, needed - 1)
+
+
+def test_a_peak_is_measured_after_it_is_gone_and_growth_while_it_stays() -> None:
+    meter = MemoryMeter()
+    meter.peak("peak", lambda: np.ones(40 * MIB, np.uint8).sum())
+    kept = meter.growth("growth", lambda: np.ones(24 * MIB, np.uint8))
+    found = {line.name: line.measured_bytes for line in meter.lines()}
+    assert kept.nbytes == 24 * MIB
+    assert 23 * MIB < found["growth"] < 32 * MIB
+    assert 39 * MIB < found["peak"] < 60 * MIB
+
+
+def test_a_peak_scales_and_shared_pages_are_not_in_it() -> None:
+    meter = MemoryMeter()
+    fd = os.memfd_create("shared")
+    os.ftruncate(fd, 64 * MIB)
+    with open(fd, "r+b") as file:
+        shared = np.memmap(file, np.uint8, "r+")
+
+        def work() -> None:
+            shared[:] = 1
+            np.ones(8 * MIB, np.uint8).sum()
+
+        meter.peak("peak", work, scale=2.0)
+    (line,) = meter.lines()
+    assert 15 * MIB < line.measured_bytes < 40 * MIB
+
+
+CHILD = """
+import os, sys, time
+from worker.parent import Parent
+parent = Parent()
+print(os.getpid(), parent.is_gone(), flush=True)
+time.sleep(60)
+"""
+PARENT = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()"
+
+
+def test_the_kernel_ends_a_child_with_its_parent() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid, gone = parent.stdout.readline().split()
+    child = os.pidfd_open(int(pid))
+    try:
+        assert gone == "False"
+        parent.send_signal(signal.SIGKILL)
+        # The child held the pipe's other end: it closes when the child is gone.
+        assert parent.stdout.read() == ""
+    finally:
+        parent.wait(10)
+        parent.stdout.close()
+        os.close(child)
