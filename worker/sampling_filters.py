@@ -47,19 +47,25 @@ def _kept(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, t
 
 def _nucleus_head(scores: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the highest scores and their ids, in order, at least as many as top-p keeps."""
-    weights = (scores - scores.max()).exp_()
-    needed = top_p * weights.sum()
+    highest = scores.max()
+    needed = top_p * (scores - highest).exp_().sum()
     count = min(_FIRST_LOOK, len(scores))
-    # A token more than the mass needs, so that rounding in another order of summing cannot matter.
-    while count < len(scores) and weights.topk(count - 1).values.sum() <= needed:
+    while True:
+        values = scores.topk(count).values
+        # A token more than the mass needs, so that rounding in another order of summing cannot matter.
+        if count == len(scores) or (values[:-1] - highest).exp_().sum() > needed:
+            return _down_to(scores, values[-1])
         count = min(16 * count, len(scores))
-    return _head(scores, count)
 
 
 def _head(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ``count`` highest scores and their ids, in order, lowest id first among equals."""
-    # torch.topk promises nothing about which of equals it takes: it only finds the border.
-    border = scores.topk(count, sorted=False).values.min()
+    values, ids = _down_to(scores, scores.topk(count, sorted=False).values.min())
+    return values[:count], ids[:count]
+
+
+def _down_to(scores: torch.Tensor, border: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # torch.topk promises nothing about which of equals it takes, so all of them are taken and sorted.
     ids = (scores >= border).nonzero()[:, 0]
     values, order = scores[ids].sort(descending=True, stable=True)
-    return values[:count], ids[order[:count]]
+    return values, ids[order]
