@@ -178,11 +178,13 @@ class Connections:
         self._silence_timer = None
         now = self._clock()
         for connection in self.all():
-            if now - connection.last_heard_s > self._limits.silence_s:
-                # A client that lives but said nothing still gets its terminal events.
-                self._end_streams(connection, None)
-                self.flush()
+            silence_s = now - connection.last_heard_s
+            if silence_s > 2 * self._limits.silence_s:
                 self._abandon(connection)
+            elif silence_s > self._limits.silence_s:
+                # A client that lives but said nothing still gets its terminal events, if it takes them now.
+                self._end_streams(connection, None)
+        self.flush()
         if self._by_peer:
             self.watch_silence()
 

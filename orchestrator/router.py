@@ -61,19 +61,20 @@ class Router:
 
     def send(self, peer: bytes, frame: bytes) -> Sent:
         """Hand a frame to ZeroMQ, or say why not; never blocks."""
+        socket, sent = self._socket, Sent.YES
         try:
-            self._socket.send(peer, zmq.NOBLOCK | zmq.SNDMORE)
-            self._socket.send(frame, zmq.NOBLOCK)
+            socket.send(peer, zmq.NOBLOCK | zmq.SNDMORE)
+            socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
-            return Sent.FULL
+            sent = Sent.FULL
         except zmq.ZMQError as error:
-            if error.errno == errno.EHOSTUNREACH:
-                return Sent.GONE
-            raise
-        # The descriptor is edge-triggered and sending may have swallowed the edge of an arrival.
-        if self._again is None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            sent = Sent.GONE
+        # The descriptor is edge-triggered, and any call may have swallowed the edge of an arrival.
+        if self._again is None and int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._again = self._loop.call_soon(self._receive)
-        return Sent.YES
+        return sent
 
     def close(self) -> None:
         """Close the socket; what was sent has ``LINGER_MS`` to leave."""

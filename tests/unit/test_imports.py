@@ -111,4 +111,6 @@ def test_the_environment_is_read_in_cli_alone() -> None:
     for room in ROOMS:
         if room != "cli":
             for path in sources(room):
-                assert not ENVIRONMENT.search(path.read_text()), path.relative_to(ROOT)
+                # The SDK has no command line above it: it finds the runtime directory by itself.
+                if path.relative_to(ROOT) != Path("tandem/discovery.py"):
+                    assert not ENVIRONMENT.search(path.read_text()), path.relative_to(ROOT)
