@@ -1,6 +1,7 @@
 """Ranks as processes of one machine: gloo between stages, a shared-memory window within a group."""
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -71,8 +72,9 @@ def _guarded(rank: int, operation: str, peers: Sequence[int], timeout_s: float, 
     try:
         return call()
     except RuntimeError as error:
-        first = str(error).partition("\n")[0]
-        raise CollectiveError(rank, operation, peers, f"{first} (deadline {timeout_s:g} s)") from None
+        # Gloo puts its source file before the reason, and advice after it.
+        reason = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
+        raise CollectiveError(rank, operation, peers, f"{reason} (deadline {timeout_s:g} s)") from None
 
 
 class GlooCommunicator:
