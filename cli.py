@@ -142,7 +142,10 @@ def _server(name: str | None, start: list[str] | None) -> "Iterator[tuple[Client
 @click.argument("name")
 @_json_option
 def pull(name: str, as_json: bool) -> None:
-    """Fetch a model, once: a short name, a Hugging Face repository, or a directory."""
+    """Fetch a model, once.
+
+    NAME is a short name, a Hugging Face repository, or a directory.
+    """
     path = _pull(name)
     if as_json:
         _print_json({"name": name, "path": str(path)})
@@ -195,7 +198,10 @@ def run(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Answer one PROMPT and end: from a server that is started for it, or a running one (--name)."""
+    """Answer one PROMPT and end.
+
+    MODEL is served for this one answer, unless --name says which running server to ask.
+    """
     from tandem.one_answer import Prompt, as_data, ask, parse_token_ids
     from tandem.render import Screen
 
@@ -221,7 +227,11 @@ def run(
 @_layout_options
 @_json_option
 def chat(model: str | None, name: str | None, as_json: bool, **options: Any) -> None:
-    """Talk with a model: on a terminal, or one line of standard input after the other."""
+    """Talk with a model.
+
+    With the server that runs, or one started for the chat (--model). Without a terminal each line of
+    standard input is answered in turn.
+    """
     from tandem.chat import answer_lines, open_repl, talk_on_terminal
     from tandem.render import Screen
 
@@ -265,7 +275,10 @@ def ps(as_json: bool) -> None:
 @click.option("--now", is_flag=True, help="Do not wait for requests that run.")
 @_json_option
 def stop(name: str, now: bool, as_json: bool) -> None:
-    """End a server: it finishes the requests that run, and takes no new ones."""
+    """End a server.
+
+    It takes no new requests and finishes those that run.
+    """
     from tandem import instances
 
     def progress(seconds: float) -> None:

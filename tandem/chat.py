@@ -31,7 +31,7 @@ def talk_on_terminal(repl: Repl, history: Path, server_pidfd: int) -> None:
     """Talk until the user leaves. Errors: those of a server that is gone."""
     from tandem.terminal import ServerGoneError, Terminal
 
-    repl.screen.note("/help lists the commands, Ctrl-D leaves\n")
+    repl.screen.note("/help lists the commands, Ctrl-D leaves")
     try:
         Terminal(history, repl, server_pidfd).run()
     except ServerGoneError:

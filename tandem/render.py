@@ -71,18 +71,21 @@ class Screen:
     def ignore(self, _chunk: "Chunk") -> None:
         """Show nothing."""
 
-    def end_answer(self) -> None:
-        """Close an answer's last line; on a terminal an empty one follows."""
-        self._answers.write(("" if self._at_line_start else "\n") + ("\n" if self.terminal else ""))
-        self._answers.flush()
-        self._at_line_start = True
-
     def break_line(self) -> None:
         """Go to the start of a line."""
         if not self._at_line_start:
-            self._answers.write("\n")
-            self._answers.flush()
-            self._at_line_start = True
+            self.answer("\n")
+
+    def end_answer(self, text: str) -> None:
+        """Close an answer's last line; without a terminal an empty answer is an empty line."""
+        if not text and not self.terminal:
+            self.answer("\n")
+        self.break_line()
+
+    def gap(self) -> None:
+        """Leave a line empty."""
+        self.break_line()
+        self.answer("\n")
 
     def note(self, text: str) -> None:
         """Say something that is no answer."""

@@ -91,7 +91,7 @@ class Repl:
                 stream.close()
             finished = True
             self.last = stream.result
-            self.screen.end_answer()
+            self.screen.end_answer("".join(said))
             if self.last is not None and self.last.finish_reason == "length":
                 self.screen.note("(the answer reached its limit of tokens)")
             elif not any(said):

@@ -65,6 +65,7 @@ class Terminal:
         """
         while True:
             try:
+                self._repl.screen.gap()
                 text = self._session.prompt(pre_run=self._watch_server)
                 self._repl.take(text)
             except KeyboardInterrupt:

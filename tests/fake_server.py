@@ -75,7 +75,7 @@ class FakeServer:
         self.socket = socket
         try:
             while True:
-                if socket.poll(WORD_S * 1000 if self.streams else None):
+                if socket.poll(round(WORD_S * 1000) if self.streams else None):
                     identity, frame = socket.recv_multipart()
                     self.take(identity, self.decode(frame))
                 else:
@@ -110,7 +110,7 @@ class FakeServer:
             self.send(identity, Failed(message.id, ErrorInfo("queue_full", "the queue is full, try later")))
             return
         if asked.startswith("say "):
-            words = [f"word{i} " for i in range(int(asked.split()[1]))]
+            words = [f"word{i} " for i in range(int(asked.split()[1]))] or [""]
         elif asked == "system?":
             words = [turns[0].content if turns[0].role == "system" else "none"]
         elif asked == "turns?":
