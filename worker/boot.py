@@ -88,7 +88,6 @@ class Load:
                 self._arenas,
                 on_progress=self._progress,
             )
-            self._progress(self._total)
         except BaseException as error:  # raised again by join(), in the thread that asked
             self._error = error
         self._ended_s = time.monotonic()

@@ -73,7 +73,8 @@ class Link:
 
     def close(self) -> None:
         """Close, after what was sent has gone out or ``LINGER`` has passed."""
-        self._socket.close()
+        with self._lock:
+            self._socket.close()
         self._context.term()
 
 

@@ -22,8 +22,8 @@ LONG_LAYOUTS = [(4, 2), (4, 3), (8, 2), (8, 3)]
 PROMPT_LENGTHS = (1, 3, 7, 8, 18, 45)
 NEW_TOKENS = 10
 TOLERANCE = 1e-4
-BFLOAT16_BOUND = 0.15
-"""Log-probability, against the float32 reference: three layers of 8 mantissa bits."""
+BFLOAT16_BOUND = 0.1
+"""Log-probability, against the float32 reference; transformers in bfloat16 is 0.05 from it here, as we are."""
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},

@@ -34,8 +34,3 @@ class Weights:
     def pieces(self, name: str) -> tuple[Piece, ...]:
         """Return what this rank holds of a parameter, segment by segment."""
         return self.spec(name).pieces(self.tp, self.tp_rank)
-
-
-def map_arena(fd: int, size: int) -> mmap.mmap:
-    """Return an arena's bytes, shared with every process that maps the descriptor."""
-    return mmap.mmap(fd, size)
