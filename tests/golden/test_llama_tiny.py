@@ -23,7 +23,7 @@ PROMPT_LENGTHS = (1, 3, 7, 8, 18, 45)
 NEW_TOKENS = 10
 TOLERANCE = 1e-4
 BFLOAT16_BOUND = 0.1
-"""Log-probability, against the float32 reference; transformers in bfloat16 is 0.05 from it here, as we are."""
+"""Log-probability, against the float32 reference, from which transformers in bfloat16 is 0.05 away."""
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
