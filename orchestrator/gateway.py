@@ -125,9 +125,9 @@ class Gateway:
             return
         try:
             message = self._intake.decode(frame)
-        except TandemError as error:
-            stream_id = self._intake.recover_id(frame)
-            self._connections.push(connection, Failed(_unless_open(connection, stream_id), error.info()))
+        except Exception as error:
+            stream_id = _unless_open(connection, self._intake.recover_id(frame))
+            self._connections.push(connection, Failed(stream_id, as_tandem_error(error).info()))
         else:
             self._handle(connection, message)
         self._connections.flush()
@@ -230,21 +230,16 @@ class Gateway:
         stream.prompt_ids = token_ids
         for index in range(generate.n):
             request = self._request(stream, index, seed)
-            stream.open_choices[index] = Choice(
-                stream,
-                index,
-                request,
-                self._text.detokenizer(),
-                StopStrings(generate.stop) if generate.stop else None,
-            )
-            self._choices[request] = stream.open_choices[index]
+            try:
+                self._engine.submit(request)
+            except Exception as error:
+                # A refusal, or worse: the stream must end, and the choices before this one with it.
+                self._fail(stream, as_tandem_error(error))
+                return
+            stops = StopStrings(generate.stop) if generate.stop else None
+            choice = Choice(stream, index, request, self._text.detokenizer(), stops)
+            stream.open_choices[index] = self._choices[request] = choice
         stream.first_request = stream.open_choices[0].request
-        try:
-            for choice in stream.open_choices.values():
-                self._engine.submit(choice.request)
-        except TandemError as error:
-            self._fail(stream, error)
-            return
         self._connections.push(stream.connection, Started(stream.id, token_ids, seed))
 
     def _request(self, stream: Stream, index: int, seed: int) -> Request:
