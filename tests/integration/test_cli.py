@@ -1,52 +1,16 @@
 """The commands as processes, against a server that speaks the protocol and has no model."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from protocol.runtime_dir import InstanceDirectory, runtime_root
-
-ROOT = Path(__file__).parents[2]
-StartFake = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    runtime = tmp_path / "run"
-    runtime.mkdir(mode=0o700)
-    cache = tmp_path / "cache"
-    return {**os.environ, "XDG_RUNTIME_DIR": str(runtime), "XDG_CACHE_HOME": str(cache)}
-
-
-@pytest.fixture
-def start_fake(environment: dict[str, str]) -> Iterator[StartFake]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "tests.fake_server", *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        started.append(server)
-        assert server.stdout is not None
-        assert server.stdout.readline() == "ready\n"
-        return server
-
-    yield start
-    for server in started:
-        server.kill()
-        server.wait()
-        assert server.stdout is not None
-        server.stdout.close()
+from tests.integration.conftest import StartFake
 
 
 @pytest.fixture
