@@ -91,7 +91,8 @@ class TerminalProgram:
         """Wait until the last line is an empty prompt, and more than so many have been shown."""
         deadline = time.monotonic() + timeout_s
         while self.lines[-1] != ">" or self.prompts <= more_than:
-            assert self.read(0.2) and time.monotonic() < deadline, f"no prompt:\n{self.text}"
+            alive = self.read(0.2) and time.monotonic() < deadline
+            assert alive, f"no prompt:\n{self.text}"
 
     def ask(self, text: str, timeout_s: float = 30.0) -> None:
         """Type a message or a command and wait until all of the answer is there."""
