@@ -112,17 +112,13 @@ class HelperPool:
         return await self._start()
 
     async def _start(self) -> "_Helper":
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "orchestrator.text.helper"),
-            *(
-                str(self._directory),
-                str(os.getpid()),
-                str(self._memory_bytes),
-                str(int(self._deadline_s) + 1),
-            ),
-            stdin=PIPE,
-            stdout=PIPE,
-        )
+        spawning = asyncio.create_task(self._spawn())
+        try:
+            process = await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            # A half-made process would be nobody's: it takes a moment to be made, and is then ended.
+            await _Helper(await spawning).kill()
+            raise
         helper = _Helper(process)
         try:
             ready = await asyncio.wait_for(helper.read(), START_DEADLINE_S)
@@ -137,6 +133,15 @@ class HelperPool:
             raise
         assert isinstance(ready, HelperReady)
         return helper
+
+    async def _spawn(self) -> Process:
+        limits = (str(self._memory_bytes), str(int(self._deadline_s) + 1))
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "orchestrator.text.helper"),
+            *(str(self._directory), str(os.getpid()), *limits),
+            stdin=PIPE,
+            stdout=PIPE,
+        )
 
     async def close(self) -> None:
         """Kill the helpers and wait until they are gone."""

@@ -44,10 +44,11 @@ class TextService:
         model_directory: Path,
         *,
         helpers: int = 2,
+        prestart: bool = True,
         deadline_s: float = 5.0,
         memory_bytes: int = 512 << 20,
     ) -> Self:
-        """Load the tokenizer in a thread; the first helper starts in the background.
+        """Load the tokenizer in a thread; with ``prestart``, one helper starts in the background.
 
         ``deadline_s`` and ``memory_bytes`` bound one job of a helper.
         Errors: ``ModelFormatError`` for a malformed tokenizer.json, tokenizer_config.json or
@@ -57,7 +58,7 @@ class TextService:
         if tokenizer is None:
             return cls(None, None, has_chat_template=False, end_token_ids=end_token_ids)
         pool = HelperPool(model_directory, size=helpers, deadline_s=deadline_s, memory_bytes=memory_bytes)
-        if source.text is not None:
+        if prestart and source.text is not None:
             pool.prestart()
         return cls(tokenizer, pool, has_chat_template=source.text is not None, end_token_ids=end_token_ids)
 

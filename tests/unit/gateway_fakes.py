@@ -148,7 +148,7 @@ async def serving(
     limits: GatewayLimits | None = None,
 ) -> AsyncIterator[Server]:
     engine = engine or FakeEngine()
-    text = await TextService.start(model or path)
+    text = await TextService.start(model or path, prestart=False)
     info = msgspec.structs.replace(
         info, has_tokenizer=text.has_tokenizer, has_chat_template=text.has_chat_template
     )
