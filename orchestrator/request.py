@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
+import msgspec
+
+from kv.manager import Holding
 from protocol.client import FinishReason
-from protocol.control import Advance, TokenLogprobs
+from protocol.control import TokenLogprobs
 from protocol.errors import TandemError
 from protocol.sampling import SamplingParams
 
@@ -66,30 +69,44 @@ class Request:
 
     # --- state, written by the scheduler ---
     state: RequestState = RequestState.WAITING
-    output_ids: list[int] = field(default_factory=list)
-    """Committed tokens, the end token included."""
+    token_ids: list[int] = field(default_factory=list)
+    """Known tokens: the prompt's and the committed ones, the end token included."""
+    num_target: int = 0
+    """Known tokens and those that steps in flight will sample."""
     num_computed: int = 0
-    """Known tokens whose KV is, or will be by the steps in flight, in the pool."""
-    num_in_flight: int = 0
-    """Tokens that steps in flight will sample: planned for, not yet known."""
+    """Tokens whose KV is in the pool, or will be by the steps in flight."""
+    num_committed: int = 0
+    """Tokens whose KV committed steps have computed."""
+    num_to_sample: int = 0
+    """Tokens that may still be planned to be sampled."""
+    num_scored: int = 0
+    """Prompt positions whose log-probabilities have gone out."""
     num_cached: int = 0
     """Prompt tokens that the first prefix hit gave."""
+    queue_key: tuple[float, int] = (0.0, 0)
+    """Place in the queue: smaller runs first."""
     slot: int = -1
+    holding: Holding | None = None
+    """Its blocks, while it has a slot."""
+    is_giving_way: bool = False
+    """Will be preempted when its steps in flight are committed."""
     admitted_s: float | None = None
     """When it first left the queue."""
     last_step: int = -1
-    """The newest step in flight that may write its slot and blocks."""
-    advance: Advance | None = None
-    """The steady decode's advance, made once."""
+    """The newest step that may write its slot and blocks."""
 
     @property
-    def num_known(self) -> int:
-        """Prompt and committed tokens."""
-        return len(self.prompt_ids) + len(self.output_ids)
+    def num_output(self) -> int:
+        """Committed tokens."""
+        return max(len(self.token_ids) - len(self.prompt_ids), 0)
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Committed tokens, as a new list."""
+        return self.token_ids[len(self.prompt_ids) :]
 
 
-@dataclass(slots=True, frozen=True)
-class RequestOutput:
+class RequestOutput(msgspec.Struct, frozen=True, gc=False):
     """What one commit brought for one request. The last one of a request has ``end`` set, exactly once."""
 
     request: Request
