@@ -7,7 +7,9 @@ that needs them, so that the small ones answer at once.
 """
 
 import io
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,15 +19,18 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 import msgspec
 
-from protocol.errors import ErrorInfo, TandemError
+from protocol.errors import ErrorInfo, TandemError, UnknownModelError
 from protocol.runtime_dir import running_instances, runtime_root
 
 if TYPE_CHECKING:
+    from models.memory import MemoryPlan
+    from orchestrator.config import ServeConfig
     from tandem import Client, Parameters
 
 F = TypeVar("F", bound=Callable[..., Any])
 JSON = "tandem.json"
 INTERRUPTED = 130
+GIB = 1 << 30
 
 
 def _colour() -> bool:
@@ -52,23 +57,39 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except TandemError as error:
-            self._show(ctx, error.info())
+            self._show(ctx, error.info(), error.message)
             ctx.exit(1)
         except click.UsageError as error:
             if not ctx.meta.get(JSON):
                 raise
-            self._show(ctx, ErrorInfo("usage", error.format_message()))
+            self._show(ctx, ErrorInfo("usage", error.format_message()), error.format_message())
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo(err=True)
             ctx.exit(INTERRUPTED)
 
-    def _show(self, ctx: click.Context, error: ErrorInfo) -> None:
+    def _show(self, ctx: click.Context, error: ErrorInfo, message: str) -> None:
         if ctx.meta.get(JSON):
             _print_json({"error": error})
-        else:
-            label = click.style("Error:", fg="red") if _colour() and sys.stderr.isatty() else "Error:"
-            click.echo(f"{label} {error.message}", err=True)
+        label = click.style("Error:", fg="red") if _colour() and sys.stderr.isatty() else "Error:"
+        click.echo(f"{label} {message}", err=True)
+
+
+class _Gib(click.ParamType[int]):
+    """A size in GiB, as bytes."""
+
+    name = "gib"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            self.fail(f"{value!r} is no size: give GiB, as in 3.5", param, ctx)
+        return int(number * GIB)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -98,16 +119,30 @@ def _layout_options(function: F) -> F:
                 "--context", type=click.IntRange(1), help="Tokens a request may hold [what fits]."
             ),
             click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="[float32]"),
+            click.option("--memory", type=_Gib(), help="What one device may use, over all its ranks."),
             click.option(
-                "--memory", type=float, metavar="GIB", help="What one device may use, over all its ranks."
-            ),
-            click.option(
-                "--boot-report", type=click.Path(dir_okay=False), help="Write the boot's timeline as JSON."
+                "--boot-report",
+                type=click.Path(dir_okay=False, path_type=Path),
+                help="Write the boot's timeline as JSON.",
             ),
         )
     ):
         function = option(function)
     return function
+
+
+def _config(directory: Path, model: str, options: dict[str, Any]) -> "ServeConfig":
+    """Return what is asked; what is not given is left to the defaults of ``ServeConfig``."""
+    from orchestrator.config import ServeConfig
+
+    given = {name: value for name, value in options.items() if value is not None}
+    renames = {"memory": "memory_bytes"}
+    asked = {renames.get(name, name): value for name, value in given.items()}
+    # A name that was asked for is what clients are told; of a path, the directory's own.
+    shown = directory.resolve().name if Path(model).is_dir() else model
+    asked.setdefault("served_model_name", shown)
+    asked.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", shown).strip("-._")[:64] or "model")
+    return ServeConfig(model=directory, runtime_root=_root(), environment=dict(os.environ), **asked)
 
 
 def _serve_command(model: str, name: str, options: dict[str, Any]) -> list[str]:
@@ -136,6 +171,39 @@ def _server(name: str | None, start: list[str] | None) -> "Iterator[tuple[Client
                 yield client, pidfd
         finally:
             os.close(pidfd)
+
+
+def _devices(_ctx: click.Context, _option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(value.split(","))
+
+
+@main.command()
+@click.option("--model", required=True, help="A short name, a repository or a directory.")
+@click.option("--name", help="What this server is found by [the model's name].")
+@click.option("--served-model-name", help="What clients are told they talk to [the model's name].")
+@_layout_options
+@click.option("--max-rows", type=click.IntRange(1), help="Requests that run at a time [64].")
+@click.option("--step-tokens", type=click.IntRange(1), help="Tokens of the largest step [512].")
+@click.option("--devices", callback=_devices, help="Where ranks run, with commas between them [cpu].")
+@click.option("--max-restarts", type=click.IntRange(0), help="Faults in a row before it gives up [0].")
+@click.option("--while-stdin", is_flag=True, hidden=True, help="Stop when standard input is closed.")
+@_json_option
+def serve(model: str, while_stdin: bool, as_json: bool, **options: Any) -> None:
+    """Serve a model until it is stopped.
+
+    What is missing is fetched first. SIGTERM (tandem stop) and Ctrl-C finish what runs; the exit code is 0
+    then, and another one after a failure. With --json the object is the server's facts, once it is ready.
+    """
+    if while_stdin:
+        from tandem.local_server import end_with
+
+        end_with(sys.stdin.fileno())
+    config = _config(_pull(model), model, options)
+    from orchestrator.display import make_display
+    from orchestrator.serve import run as run_instance
+
+    display = make_display(sys.stderr, sys.stdout if as_json else None, colour=_colour())
+    sys.exit(run_instance(config, display))
 
 
 @main.command()
@@ -175,6 +243,59 @@ def _start(name: str | None, model: str | None, kind: str, options: dict[str, An
             f"{', '.join(given)}: for a server that is started; a running one has its own"
         )
     return None
+
+
+@main.command()
+@click.option("--model", required=True, help="A short name, a repository or a directory.")
+@_layout_options
+@_json_option
+def plan(model: str, as_json: bool, **options: Any) -> None:
+    """Show what memory each rank would take.
+
+    Nothing is started or loaded. The model must be here already.
+    """
+    from loader import hub
+    from models.memory import CPU_OVERHEADS, plan_memory
+    from models.registry import load_spec
+    from orchestrator.budget import rank_budgets
+
+    directory = hub.resolve(model, _cache())
+    if directory is None:
+        raise UnknownModelError(f"{model} is not here yet: tandem pull {model}", field="model")
+    config = _config(directory, model, options)
+    planned = plan_memory(
+        load_spec(directory, config.dtype),
+        config.topology,
+        rank_budgets(config.devices, config.topology.world_size, config.memory_bytes),
+        config.limits,
+        CPU_OVERHEADS,
+        config.context,
+    )
+    if as_json:
+        _print_json(msgspec.to_builtins(planned, enc_hook=lambda layers: [layers.start, layers.stop]))
+    else:
+        click.echo(_plan_table(planned))
+
+
+def _plan_table(planned: "MemoryPlan") -> str:
+    from tandem.render import size, table
+
+    names = [line.name for line in planned.tightest.lines]
+    rows = [
+        (
+            str(rank.rank),
+            f"{rank.layers.start}-{rank.layers.stop - 1}",
+            *(size(line.predicted_bytes) for line in rank.lines),
+            size(rank.budget_bytes),
+        )
+        for rank in planned.ranks
+    ]
+    headers = ("RANK", "LAYERS", *(name.upper() for name in names), "BUDGET")
+    shown = table(headers, rows, right=frozenset(range(len(headers))))
+    kv = f"KV for {planned.kv_tokens} tokens in {planned.num_blocks} blocks"
+    return f"{shown}\n\ncontext {planned.context} tokens, {kv}" + (
+        f"\n{planned.note}" if planned.note else ""
+    )
 
 
 @main.command()

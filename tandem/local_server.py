@@ -10,7 +10,7 @@ from typing import Self
 
 import msgspec
 
-from protocol.errors import ErrorInfo, InstanceFailedError, TandemError, from_info
+from protocol.errors import ErrorInfo, InstanceFailedError, TandemError
 from protocol.runtime_dir import InstanceFacts
 from tandem.instances import wait_ended
 
@@ -22,6 +22,18 @@ class _Word(msgspec.Struct, frozen=True):
     """What the server's one line of standard output may be beside its facts."""
 
     error: ErrorInfo | None = None
+
+
+class BootFailedError(TandemError):
+    """A server did not get ready. It has said why on standard error; ``info`` says it too."""
+
+    def __init__(self, why: ErrorInfo, code: int) -> None:
+        super().__init__(f"the server could not be started, {ending(code)}", field=why.field)
+        self._why = why
+
+    def info(self) -> ErrorInfo:
+        """Return the boot's own error."""
+        return self._why
 
 
 class LocalServer:
@@ -54,7 +66,7 @@ class LocalServer:
     def wait_ready(self) -> InstanceFacts:
         """Wait for the end of the boot, which watches over its own deadlines.
 
-        Errors: that of the boot; ``InstanceFailedError`` where the server ended without a word.
+        Errors: ``BootFailedError``; ``InstanceFailedError`` where the server ended without a word.
         """
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -64,10 +76,7 @@ class LocalServer:
         error = msgspec.json.decode(line, type=_Word).error
         if error is None:
             return msgspec.json.decode(line, type=InstanceFacts)
-        code = self._process.wait()
-        raise from_info(
-            msgspec.structs.replace(error, message=f"{error.message} (the server: {ending(code)})")
-        )
+        raise BootFailedError(error, self._process.wait())
 
     def ended(self, timeout_s: float = 0.0) -> bool:
         """Whether the server's process has ended, or does in that time."""

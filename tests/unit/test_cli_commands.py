@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 import cli
 from protocol.runtime_dir import InstanceDirectory, InstanceFacts, runtime_root
+from tests.tiny_llama import write_tiny_llama
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,6 +172,30 @@ def test_pull_of_a_directory_and_of_nothing(private: Path) -> None:
     found = error_of(call("pull", str(private / "none"), "--json"))
     assert found["code"] == "unknown_model"
     assert "smollm2-135m" in found["message"]
+
+
+def test_plan_shows_each_rank_and_what_would_fit(private: Path) -> None:
+    model = str(write_tiny_llama(private / "tiny"))
+    done = json.loads(call("plan", "--model", model, "--tp", "2", "--pp", "2", "--json").stdout)
+    assert [rank["layers"] for rank in done["ranks"]] == [[0, 1], [0, 1], [1, 2], [1, 2]]
+    for rank in done["ranks"]:
+        assert sum(line["predicted_bytes"] for line in rank["lines"]) <= rank["budget_bytes"]
+    lines = call("plan", "--model", model, "--tp", "2", "--memory", "1.5").stdout.splitlines()
+    assert lines[0].split()[:3] == ["RANK", "LAYERS", "WEIGHTS"]
+    assert [line.split()[:2] for line in lines[1:3]] == [["0", "0-1"], ["1", "0-1"]]
+    assert lines[1].endswith("768.0 MiB")
+    assert error_of(call("plan", "--model", model, "--tp", "3", "--json"))["code"] == "impossible_layout"
+    small = error_of(call("plan", "--model", model, "--memory", "0.01", "--json"))
+    assert (small["code"], small["field"]) == ("does_not_fit", "memory")
+    absent = error_of(call("plan", "--model", "smollm2-135m", "--json"))
+    assert "tandem pull smollm2-135m" in absent["message"]
+
+
+@pytest.mark.parametrize("size", ["nan", "-1", "0", "inf", "much"])
+def test_a_memory_that_is_no_size_is_refused(size: str) -> None:
+    done = call("plan", "--model", "m", f"--memory={size}", "--json")
+    assert done.exit_code == 2
+    assert "memory" in json.loads(done.stdout)["error"]["message"]
 
 
 def test_an_unwritable_cache_is_told(private: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from protocol.errors import InstanceFailedError, MemoryBudgetError
+from protocol.errors import ErrorInfo, InstanceFailedError
 from protocol.runtime_dir import InstanceFacts
 from tandem.instances import children_of, wait_ended
-from tandem.local_server import LocalServer
+from tandem.local_server import BootFailedError, LocalServer
 
 FACTS = InstanceFacts("n", 1, "m", 1, 1, "ready", 0, "ipc:///x", 0.0)
 ROOT = Path(__file__).parents[2]
@@ -56,10 +56,10 @@ def test_the_error_of_the_boot_is_raised_with_the_exit_code() -> None:
     error = '{"error":{"code":"does_not_fit","message":"too small","field":"memory"}}'
     with (
         LocalServer(child(f"import sys\nprint({error!r})\nsys.exit(1)")) as server,
-        pytest.raises(MemoryBudgetError, match=r"too small .*exit code 1") as caught,
+        pytest.raises(BootFailedError, match=r"exit code 1") as caught,
     ):
         server.wait_ready()
-    assert caught.value.field == "memory"
+    assert caught.value.info() == ErrorInfo("does_not_fit", "too small", "memory")
 
 
 @pytest.mark.parametrize(
