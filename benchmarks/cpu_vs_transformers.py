@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from loader.hub import pull
-
 from tandem import AsyncClient
 
 PROMPT = "The three laws of motion are"

@@ -1,4 +1,4 @@
-"""The clients' ROUTER socket on the asyncio loop: raw non-blocking sends and receives, no futures."""
+"""A ROUTER socket on the asyncio loop: raw non-blocking sends and receives, no futures."""
 
 import asyncio
 import errno
@@ -13,7 +13,7 @@ from protocol.errors import StorageError
 from protocol.framing import MAX_CLIENT_FRAME_BYTES
 
 HIGH_WATER_MESSAGES: Final = 64
-"""Frames in either direction that ZeroMQ holds for one client."""
+"""Frames in either direction that ZeroMQ holds for one peer."""
 LINGER_MS: Final = 500
 MESSAGES_A_TURN: Final = 64
 """Received before the loop gets to do something else."""
@@ -24,15 +24,25 @@ class Sent(Enum):
 
     YES = auto()
     FULL = auto()
-    """The client's queue is full: try again later."""
+    """The peer's queue is full: try again later."""
     GONE = auto()
-    """No client by that id is connected any more."""
+    """No peer by that id is connected (any more)."""
 
 
 class Router:
-    """Owns the socket. ``on_message(peer, frame)`` gets every message of a client, in order."""
+    """Owns the socket. ``on_message(peer, frame)`` gets every message of a peer, in order.
 
-    def __init__(self, address: str, on_message: Callable[[bytes, bytes], None]) -> None:
+    A frame of more than ``max_bytes`` loses its sender the connection. The default is above a client
+    frame's own limit, so that one a little too large gets its answer in words.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        on_message: Callable[[bytes, bytes], None],
+        *,
+        max_bytes: int = 2 * MAX_CLIENT_FRAME_BYTES,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
         self._context = zmq.Context()
@@ -41,9 +51,7 @@ class Router:
             zmq.ROUTER_MANDATORY: 1,
             zmq.SNDHWM: HIGH_WATER_MESSAGES,
             zmq.RCVHWM: HIGH_WATER_MESSAGES,
-            # Above a frame's own limit, so that a frame a little too large gets its answer in words;
-            # one much too large loses its connection.
-            zmq.MAXMSGSIZE: 2 * MAX_CLIENT_FRAME_BYTES,
+            zmq.MAXMSGSIZE: max_bytes,
             zmq.LINGER: LINGER_MS,
         }
         for option, value in options.items():
@@ -52,7 +60,7 @@ class Router:
             self._socket.bind(address)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
-            raise StorageError(f"clients cannot be served at {address}: {error.strerror}") from None
+            raise StorageError(f"the socket {address} cannot be made: {error.strerror}") from None
         if address.startswith("ipc://"):
             Path(address.removeprefix("ipc://")).chmod(0o600)
         self._descriptor = int(self._socket.getsockopt(zmq.FD))

@@ -47,7 +47,7 @@ class FakeEngine:
     """Each step gives every request its next token: ``rule(request)``, else the prompt over and over."""
 
     def __init__(self, rule: Callable[[Request], int] | None = None, tokens_a_step: int = 1) -> None:
-        self.rule = rule or (lambda r: r.prompt_ids[len(r.output_ids) % len(r.prompt_ids)])
+        self.rule = rule or (lambda r: r.prompt_ids[r.num_output % len(r.prompt_ids)])
         self.tokens_a_step = tokens_a_step
         self.running: list[Request] = []
         self.seen: list[Request] = []
@@ -59,6 +59,7 @@ class FakeEngine:
         if self.refuse_after is not None and len(self.running) >= self.refuse_after:
             raise QueueFullError("the queue is full: try again later")
         request.state = RequestState.RUNNING
+        request.token_ids = list(request.prompt_ids)
         request.admitted_s = request.arrival_s + 1e-6
         self.running.append(request)
         self.seen.append(request)
@@ -91,16 +92,16 @@ class FakeEngine:
     def _advance(self, request: Request) -> RequestOutput:
         wanted = request.sampling
         prompt_logprobs = None
-        if wanted.prompt_logprobs is not None and not request.output_ids:
+        if wanted.prompt_logprobs is not None and not request.num_output:
             prompt_logprobs = (1, [score(t) for t in request.prompt_ids[1:]])
         token_ids: list[int] = []
         end = None
         while len(token_ids) < self.tokens_a_step and end is None:
             token_ids.append(self.rule(request))
-            request.output_ids.append(token_ids[-1])
+            request.token_ids.append(token_ids[-1])
             if token_ids[-1] in request.stop_token_ids:
                 end = End.STOP
-            elif len(request.output_ids) >= request.max_tokens:
+            elif request.num_output >= request.max_tokens:
                 end = End.LENGTH
         if self.error is not None:
             end = End.FAILED

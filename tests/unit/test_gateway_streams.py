@@ -58,7 +58,7 @@ def test_a_stream_in_order(tmp_path: Path) -> None:
 
 def test_chat_ends_with_the_end_token_which_has_no_text(tmp_path: Path) -> None:
     async def run() -> None:
-        engine = FakeEngine(lambda r: [*ids("hello é"), 2][len(r.output_ids)])
+        engine = FakeEngine(lambda r: [*ids("hello é"), 2][r.num_output])
         async with serving(directory(tmp_path), engine) as server, raw(server) as client:
             stream = client.ask(messages=[{"role": "user", "content": "hi"}])
             await client.event(stream, Finished)

@@ -1,0 +1,114 @@
+"""What a device's memory budget is, and how its ranks share it and the machine's cores.
+
+Control groups: https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html.
+"""
+
+from pathlib import Path
+
+from protocol.errors import InvalidRequestError, StorageError, UnsupportedModelError
+
+DEFAULT_CAP_BYTES = 4 << 30
+DEFAULT_SHARE = 4
+"""A CPU's default is the lesser of the cap and this part of what is left."""
+
+
+def rank_budgets(devices: tuple[str, ...], world_size: int, memory_bytes: int | None) -> list[int]:
+    """Return each rank's budget in bytes; ranks of one device get equal parts of its budget.
+
+    Errors: ``UnsupportedModelError`` for a device that has no backend; ``InvalidRequestError`` where
+    ``memory_bytes`` leaves a rank nothing; ``StorageError`` where the machine does not say what it has.
+    """
+    placed = place_ranks(devices, world_size)
+    unknown = sorted({device for device in placed if device != "cpu"})
+    if unknown:
+        raise UnsupportedModelError(
+            f"device {', '.join(unknown)} has no backend here: ask for --devices cpu", field="devices"
+        )
+    budget = memory_bytes if memory_bytes is not None else default_cpu_bytes()
+    shares = [budget // placed.count(device) for device in placed]
+    if min(shares) < 1:
+        raise InvalidRequestError(
+            f"a device memory of {budget} bytes leaves its ranks nothing: give --memory in GiB",
+            field="memory",
+        )
+    return shares
+
+
+def place_ranks(devices: tuple[str, ...], world_size: int) -> list[str]:
+    """Return the device of each rank: contiguous runs, as equal as may be.
+
+    Errors: ``InvalidRequestError`` for no device, or more of them than ranks.
+    """
+    if not 1 <= len(devices) <= world_size:
+        raise InvalidRequestError(
+            f"{len(devices)} devices were given for {world_size} ranks: give 1 to {world_size}",
+            field="devices",
+        )
+    return [devices[rank * len(devices) // world_size] for rank in range(world_size)]
+
+
+def threads_per_rank(num_cores: int, world_size: int) -> int:
+    """Return a CPU rank's compute threads: the cores shared equally, at least one."""
+    return max(num_cores // world_size, 1)
+
+
+def default_cpu_bytes(root: Path = Path("/")) -> int:
+    """Return what the CPU may use where nobody said: min(4 GiB, a quarter of what is left)."""
+    return min(DEFAULT_CAP_BYTES, bytes_left(root) // DEFAULT_SHARE)
+
+
+def bytes_left(root: Path = Path("/")) -> int:
+    """Return what this process's control groups and the machine have left, in bytes, whichever is less.
+
+    Page cache that can be given up counts as left. ``root`` is where ``proc`` and ``sys`` are found.
+    Errors: ``StorageError`` where /proc/meminfo does not say.
+    """
+    return min([_machine_left(root), *_groups_left(root)])
+
+
+def _machine_left(root: Path) -> int:
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except OSError as error:
+        raise StorageError(f"/proc/meminfo cannot be read ({error.strerror}): give --memory") from None
+    raise StorageError("/proc/meminfo does not say what is available: give --memory")
+
+
+def _groups_left(root: Path) -> list[int]:
+    """Return what each memory control group over this process has left, of those with a limit."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found: list[int] = []
+    for line in lines:
+        hierarchy, controllers, path = line.split(":", 2)
+        if hierarchy == "0":
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inner = Path(path.lstrip("/"))
+        # In a container the path may be the host's, and what is mounted the container's own group.
+        for group in (inner, *inner.parents):
+            left = _group_left(mount / group, names)
+            if left is not None:
+                found.append(left)
+    return found
+
+
+def _group_left(group: Path, names: tuple[str, str, str]) -> int | None:
+    limit_name, usage_name, cache_name = names
+    try:
+        limit = (group / limit_name).read_text().strip()
+        if limit == "max":
+            return None
+        usage = int((group / usage_name).read_text())
+        stat = dict(line.split(" ", 1) for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None  # Not a group of this kind, or the root, which has no limit.
+    return max(int(limit) - usage + int(stat.get(cache_name, 0)), 0)

@@ -1,0 +1,78 @@
+"""What an instance is asked to be. Frozen; the one place where a default of ``serve`` stands."""
+
+from pathlib import Path
+
+import msgspec
+
+from models.memory import StepLimits
+from protocol.topology import Topology
+
+
+class Deadlines(msgspec.Struct, frozen=True):
+    """How long each wait across a process may take, seconds."""
+
+    hello_s: float = 60.0
+    """From a rank's start to its first message."""
+    boot_silence_s: float = 300.0
+    """Between two signs of progress of a boot: a message of any rank."""
+    step_floor_s: float = 1.0
+    """The least that a step is given."""
+    step_factor: float = 5.0
+    """How many times its predicted time a step is given."""
+    drain_s: float = 300.0
+    """For the requests that run when the instance is asked to stop."""
+    stop_s: float = 5.0
+    """For ranks to end in order, after Stop."""
+    kill_grace_s: float = 1.0
+    """Between SIGTERM and SIGKILL."""
+    collective_s: float = 1800.0
+    """What torch.distributed waits for a peer; a rank that hangs is found out long before."""
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance."""
+
+    name: str
+    """Its name in the runtime directory."""
+    model: Path
+    """A complete model directory."""
+    runtime_root: Path
+    """The private directory that holds every instance's own (``protocol.runtime_dir``)."""
+    environment: dict[str, str]
+    """The user's; ranks see a few variables of it (``orchestrator.launcher``)."""
+    served_model_name: str | None = None
+    """What clients are told; None: the directory's name."""
+    tp: int = 1
+    pp: int = 1
+    dtype: str = "float32"
+    context: int | None = None
+    """Tokens a request may hold; None: the model's most, or what fits."""
+    max_rows: int = 64
+    step_tokens: int = 512
+    logit_rows: int = 32
+    """Rows of logits that exist at a time on a rank."""
+    block_tokens: int = 16
+    max_waiting: int = 1024
+    """Requests that may wait for a place; more are refused."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Ranks are dealt over them in contiguous runs."""
+    memory_bytes: int | None = None
+    """What one device may use, over all its ranks; None: see ``orchestrator.budget``."""
+    max_restarts: int = 0
+    boot_report: Path | None = None
+    deadlines: Deadlines = Deadlines()
+
+    @property
+    def topology(self) -> Topology:
+        """How the ranks are arranged."""
+        return Topology(tp=self.tp, pp=self.pp)
+
+    @property
+    def model_name(self) -> str:
+        """What clients are told they talk to."""
+        return self.served_model_name or self.model.resolve().name
+
+    @property
+    def limits(self) -> StepLimits:
+        """What the largest step may be."""
+        return StepLimits(self.max_rows, self.step_tokens, self.logit_rows, self.block_tokens)
