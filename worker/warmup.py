@@ -15,8 +15,10 @@ from worker.comm import Communicator
 from worker.memory import MemoryMeter
 from worker.runner import Runner
 
-CHUNK_FLOPS = 3e10
-"""What the warm-up's largest chunk may cost over all ranks: below a second on two old cores."""
+CHUNK_FLOPS = 1.5e10
+"""What the warm-up's largest chunk may cost over all ranks: below half a second on two old cores."""
+LOGIT_ROWS = 8
+"""Rows that sample in the warm-up; more take memory in proportion, and time that a boot need not."""
 CONTEXT_TOKENS = 8192
 """The warm-up's longest context; a longer one is taken to cost in proportion."""
 
@@ -51,8 +53,13 @@ class WarmUp:
         )
         context = min(room, CONTEXT_TOKENS)
         context_s = self._meter.peak("workspace", lambda: self._time([self._row(0, context, context - 1)]))
-        rows = min(limits.max_rows, limits.num_blocks, limits.step_tokens, self._runner.logit_rows, chunk)
-        self._meter.peak("logits", lambda: self._time([self._row(slot, 1, 0) for slot in range(rows)]))
+        most_rows = min(
+            limits.max_rows, limits.num_blocks, limits.step_tokens, self._runner.logit_rows, chunk
+        )
+        rows = min(most_rows, LOGIT_ROWS)
+        self._meter.peak(
+            "logits", lambda: self._time([self._row(slot, 1, 0) for slot in range(rows)]), most_rows / rows
+        )
         self._runner.reset()
         # A token costs its products and its attention: at most that of the longest context.
         share = (spec.flops_per_token + self._attention_flops(limits.context)) / (
