@@ -152,7 +152,9 @@ def _serve_command(model: str, name: str, options: dict[str, Any]) -> list[str]:
     command = [sys.executable, *how, "serve", "--json", "--while-stdin", "--model", model, "--name", name]
     for option, value in options.items():
         if value is not None:
-            command += [f"--{option.replace('_', '-')}", str(value)]
+            # A size is bytes once it is parsed, and GiB on a command line.
+            text = f"{value / GIB!r}" if option == "memory" else f"{value}"
+            command += [f"--{option.replace('_', '-')}", text]
     return command
 
 

@@ -218,3 +218,13 @@ def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cli, "running_instances", interrupted)
     assert call("ps").exit_code == 130
+
+
+@pytest.mark.parametrize("size", ["3", "0.7", "1.23456789"])
+def test_a_server_that_is_started_is_given_the_same_memory(size: str) -> None:
+    parameter = cli._Gib()
+    given = parameter.convert(size, None, None)
+    command = cli._serve_command("m", "n", {"memory": given, "tp": 3, "pp": None})
+    assert command[-4:-2] == ["--memory", command[-3]]
+    assert parameter.convert(command[-3], None, None) == given
+    assert command[-2:] == ["--tp", "3"]
