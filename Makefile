@@ -8,7 +8,7 @@ EXTRAS ?= test
 .PHONY: run setup check test test-unit test-rest test-long gpu-test gpu-bench clean
 
 run: setup
-	$(BIN)/tandem chat --model smollm2-135m --tp 3
+	$(BIN)/tandem chat --model smollm2-135m --tp 3 --temperature 0
 
 setup: $(VENV)/.installed
 

@@ -347,9 +347,12 @@ def run(
 @main.command()
 @click.option("--model", help="Start a server of this model for the chat.")
 @click.option("--name", help="The running server to talk to, or the name of the one that is started.")
+@click.option("--temperature", type=float, help="0 is greedy [0.7]; /set changes it.")
 @_layout_options
 @_json_option
-def chat(model: str | None, name: str | None, as_json: bool, **options: Any) -> None:
+def chat(
+    model: str | None, name: str | None, temperature: float | None, as_json: bool, **options: Any
+) -> None:
     """Talk with a model.
 
     With the server that runs, or one started for the chat (--model). Without a terminal each line of
@@ -366,7 +369,8 @@ def chat(model: str | None, name: str | None, as_json: bool, **options: Any) -> 
     with _server(name, _start(name, model, "chat", options)) as (client, server_pidfd):
         answers = io.StringIO() if as_json else sys.stdout
         notes = sys.stdout if terminal else sys.stderr
-        repl = open_repl(client, Screen(answers, notes, terminal=terminal, colour=_colour()))
+        screen = Screen(answers, notes, terminal=terminal, colour=_colour())
+        repl = open_repl(client, screen, temperature)
         if terminal:
             talk_on_terminal(repl, _cache() / ".chat-history", server_pidfd)
             return

@@ -15,8 +15,8 @@ CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
 """Steadier than the model's own distribution, which small models ramble from; ``/set`` changes it."""
 
 
-def open_repl(client: Client, screen: Screen) -> Repl:
-    """Return the REPL of a new conversation.
+def open_repl(client: Client, screen: Screen, temperature: float | None = None) -> Repl:
+    """Return the REPL of a new conversation; ``temperature`` None is the chat's default.
 
     Errors: ``InvalidRequestError`` for a model that holds none; those of the server.
     """
@@ -24,7 +24,10 @@ def open_repl(client: Client, screen: Screen) -> Repl:
     check_can_chat(info.has_tokenizer, info.has_chat_template, info.model)
     if screen.terminal:
         screen.note(f"{info.model} · tp {info.tp} pp {info.pp} · {info.dtype} · context {info.context}")
-    return Repl(client, info.model, Conversation(Settings(CHAT_SAMPLING)), screen)
+    settings = Settings(CHAT_SAMPLING)
+    if temperature is not None:
+        settings = settings.with_text("temperature", str(temperature))
+    return Repl(client, info.model, Conversation(settings), screen)
 
 
 def talk_on_terminal(repl: Repl, history: Path, server_pidfd: int) -> None:

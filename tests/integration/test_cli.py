@@ -37,6 +37,15 @@ def test_a_conversation_from_a_pipe(start_fake: StartFake, tandem: Tandem) -> No
     assert done.stderr == b"system prompt set\n"
 
 
+def test_the_temperature_of_a_chat(start_fake: StartFake, tandem: Tandem) -> None:
+    start_fake()
+    done = tandem("chat", "--temperature", "0", stdin=b"sampling?\n")
+    assert done.stdout.startswith(b"t=0.0 ")
+    refused = tandem("chat", "--temperature", "-1", "--json", stdin=b"sampling?\n")
+    assert refused.returncode == 1
+    assert json.loads(refused.stdout)["error"]["field"] == "temperature"
+
+
 def test_chat_as_one_json_object(start_fake: StartFake, tandem: Tandem) -> None:
     start_fake()
     done = tandem("chat", "--json", stdin=b"hello\nturns?\n")
