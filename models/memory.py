@@ -58,6 +58,11 @@ class RankPlan(msgspec.Struct, frozen=True):
     block_bytes: int
     kv_bytes: int
 
+    def budget_for(self, num_blocks: int) -> int:
+        """Return the budget with which the rank would hold so many blocks."""
+        spent = sum(line.predicted_bytes for line in self.lines) - self.kv_bytes
+        return spent + num_blocks * self.block_bytes
+
 
 class MemoryPlan(msgspec.Struct, frozen=True):
     """The plan of an instance."""
@@ -109,22 +114,25 @@ def plan_memory(
     fits = min(wanted, kv_tokens)
     tightest = min(ranks, key=lambda r: r.kv_bytes // r.block_bytes)
     if fits < 1 or (context is not None and fits < wanted):
-        needed = (
-            tightest.budget_bytes
-            - tightest.kv_bytes
-            + tightest.block_bytes * math.ceil((wanted if context is not None else 1) / limits.block_tokens)
-        )
+        blocks = math.ceil((wanted if context is not None else 1) / limits.block_tokens)
+        needed = max(r.budget_for(blocks) for r in ranks)
+        everywhere = _gib_up(needed * topology.world_size)
         raise MemoryBudgetError(
             f"{tightest.budget_bytes / 2**30:.2f} GiB on rank {tightest.rank} hold a context of at most "
-            f"{max(fits, 0)} tokens, {wanted} were asked: give it {needed / 2**30:.2f} GiB "
-            f"({needed * topology.world_size / 2**30:.2f} over all {topology.world_size} ranks, --memory), "
-            f"more ranks, or a smaller --context",
+            f"{max(fits, 0)} tokens, {wanted} were asked: give it {_gib_up(needed)} GiB "
+            f"({everywhere} over all {topology.world_size} ranks, --memory), more ranks, or a smaller "
+            "--context",
             field="memory",
         )
     note = None
     if fits < wanted:
         note = f"context fitted to {fits} of the model's {model.max_context} tokens by the memory for KV"
     return MemoryPlan(stages, ranks, num_blocks, kv_tokens, fits, note)
+
+
+def _gib_up(num_bytes: int) -> str:
+    """Return GiB that are enough: rounded up."""
+    return f"{math.ceil(num_bytes * 100 / 2**30) / 100:.2f}"
 
 
 def _rank_plan(

@@ -162,6 +162,18 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def check_report_path(path: Path) -> None:
+    """Refuse a place where no report can be written, before a boot has taken its time.
+
+    Errors: ``StorageError``.
+    """
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise StorageError(
+            f"the boot report {path} cannot be written: {path.parent} is no directory to write to",
+            field="boot_report",
+        )
+
+
 def write_report(report: BootReport, path: Path) -> None:
     """Write the report as JSON, replacing the file at once; ``StorageError`` where that cannot be."""
     content = msgspec.json.format(msgspec.json.encode(report), indent=2)

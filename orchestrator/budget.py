@@ -5,9 +5,10 @@ Control groups: https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1
 
 from pathlib import Path
 
-from protocol.errors import InvalidRequestError, StorageError, UnsupportedModelError
+from protocol.errors import InvalidRequestError, MemoryBudgetError, StorageError, UnsupportedModelError
 
-DEFAULT_CAP_BYTES = 4 << 30
+GIB = 1 << 30
+DEFAULT_CAP_BYTES = 4 * GIB
 DEFAULT_SHARE = 4
 """A CPU's default is the lesser of the cap and this part of what is left."""
 
@@ -32,6 +33,22 @@ def rank_budgets(devices: tuple[str, ...], world_size: int, memory_bytes: int | 
             field="memory",
         )
     return shares
+
+
+def check_left(memory_bytes: int | None) -> None:
+    """Refuse a budget that the machine does not have: the kernel would end a rank later, without a word.
+
+    Errors: ``MemoryBudgetError``.
+    """
+    if memory_bytes is None:
+        return
+    left = bytes_left()
+    if memory_bytes > left:
+        raise MemoryBudgetError(
+            f"{memory_bytes / GIB:.2f} GiB were asked, the machine has {left / GIB:.2f} left: "
+            "give a smaller --memory, or end what takes it",
+            field="memory",
+        )
 
 
 def place_ranks(devices: tuple[str, ...], world_size: int) -> list[str]:

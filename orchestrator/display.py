@@ -51,6 +51,7 @@ class LoadTally:
     def __init__(self) -> None:
         self._ranks: dict[int, Progress] = {}
         self._began_s: float | None = None
+        self._began_bytes = 0
         self.num_ready = 0
         self.phase = ""
 
@@ -60,7 +61,7 @@ class LoadTally:
             self.num_ready += 1
             return
         if self._began_s is None:
-            self._began_s = time.monotonic()
+            self._began_s, self._began_bytes = time.monotonic(), message.done_bytes
         self.phase = message.phase
         self._ranks[message.rank] = message
 
@@ -76,9 +77,9 @@ class LoadTally:
 
     @property
     def gb_per_s(self) -> float:
-        """Rate since the first message."""
+        """Rate since the first message; what was read before it took a time that nobody has told."""
         seconds = time.monotonic() - self._began_s if self._began_s is not None else 0.0
-        return self.done_bytes / 1e9 / seconds if seconds > 0 else 0.0
+        return (self.done_bytes - self._began_bytes) / 1e9 / seconds if seconds > 0 else 0.0
 
 
 class PlainDisplay:
@@ -102,10 +103,8 @@ class PlainDisplay:
         if isinstance(message, Progress) and now_s >= self._next_s:
             self._next_s = now_s + PLAIN_INTERVAL_S
             tally = self._tally
-            self.note(
-                f"{tally.phase}: {size(tally.done_bytes)} of {size(tally.total_bytes)}, "
-                f"{tally.gb_per_s:.2f} GB/s"
-            )
+            rate = f", {tally.gb_per_s:.2f} GB/s" if tally.gb_per_s > 0 else ""
+            self.note(f"{tally.phase}: {size(tally.done_bytes)} of {size(tally.total_bytes)}{rate}")
 
     def output(self, ranks: tuple[int, ...], line: str) -> None:
         """Show a rank's line."""

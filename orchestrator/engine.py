@@ -110,6 +110,11 @@ class Engine:
         self._wake()
 
     @property
+    def has_requests(self) -> bool:
+        """Whether any request runs or waits."""
+        return self._scheduler.num_running + self._scheduler.num_waiting > 0
+
+    @property
     def has_committed(self) -> bool:
         """Whether this epoch has committed a step."""
         return self._num_steps > 0

@@ -16,8 +16,8 @@ from models.layout import arena
 from models.memory import CPU_OVERHEADS, MemoryPlan, plan_memory
 from models.registry import load_spec
 from models.spec import ModelSpec
-from orchestrator.boot_report import BootReport, size
-from orchestrator.budget import place_ranks, rank_budgets, threads_per_rank
+from orchestrator.boot_report import BootReport, check_report_path, size
+from orchestrator.budget import check_left, place_ranks, rank_budgets, threads_per_rank
 from orchestrator.config import ServeConfig
 from orchestrator.scheduler import Scheduler, SchedulerConfig
 from protocol.client import Info
@@ -53,11 +53,14 @@ class Blueprint(msgspec.Struct, frozen=True):
         ``MemoryBudgetError``, ``InvalidRequestError``.
         """
         _check_limits(config)
+        if config.boot_report is not None:
+            check_report_path(config.boot_report)
         model = load_spec(config.model, config.dtype)
         check_against(model, read_index(config.model))
         topology = config.topology
         ranks = topology.world_size
         budgets = rank_budgets(config.devices, ranks, config.memory_bytes)
+        check_left(config.memory_bytes)
         plan = plan_memory(model, topology, budgets, config.limits, CPU_OVERHEADS, config.context)
         return cls(
             config=config,
@@ -77,9 +80,10 @@ class Blueprint(msgspec.Struct, frozen=True):
     @property
     def title(self) -> str:
         """One line for people."""
+        ranks = _counted(self.topology.world_size, "rank")
         return (
-            f"{self.config.model_name}: {self.topology}, {self.topology.world_size} ranks of "
-            f"{self.threads} threads, {size(sum(self.arena_bytes))} of weights"
+            f"{self.config.model_name}: {self.topology}, {ranks} of {_counted(self.threads, 'thread')}, "
+            f"{size(sum(self.arena_bytes))} of weights"
         )
 
     def boots(self, epoch: int, arena_fds: Sequence[int], rendezvous: Path) -> list[Boot]:
@@ -143,6 +147,10 @@ class Blueprint(msgspec.Struct, frozen=True):
             has_chat_template=text.has_chat_template,
             memory=report.memory[tightest].lines,
         )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _check_limits(config: ServeConfig) -> None:

@@ -258,7 +258,8 @@ class _Server:
         engine.drain()
         self._home.say("draining")
         self._gateway.update_info(msgspec.structs.replace(self._info, state="draining"))
-        self._display.note("draining: requests that run are finished; Ctrl-C again ends at once")
+        if engine.has_requests:
+            self._display.note("draining: requests that run are finished; Ctrl-C again ends at once")
         error = UnavailableError(
             f"the server is stopping, and its {self._deadlines.drain_s:g} s for requests that ran are over"
         )

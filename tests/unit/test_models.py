@@ -189,11 +189,21 @@ def test_a_context_that_does_not_fit_is_fitted_or_refused_with_figures(tmp_path:
         plan(model, Topology(), 1.05, context=8192)
     assert str(fitted.context) in refusal.value.message
     needed = float(refusal.value.message.split("give it ")[1].split()[0])
-    assert plan(model, Topology(), needed + 0.01, context=8192).context == 8192
-    with pytest.raises(MemoryBudgetError):
-        plan(model, Topology(), 0.2)
+    assert plan(model, Topology(), needed, context=8192).context == 8192
     with pytest.raises(MemoryBudgetError):
         plan(model, Topology(), 4, context=8193)
+
+
+@pytest.mark.parametrize("topology", [Topology(), Topology(tp=3, pp=2)])
+@pytest.mark.parametrize("context", [None, 4096])
+def test_what_is_advised_is_enough_where_not_even_the_weights_fit(
+    tmp_path: Path, topology: Topology, context: int | None
+) -> None:
+    model = spec_of(tmp_path)
+    with pytest.raises(MemoryBudgetError) as refusal:
+        plan(model, topology, 0.2, context)
+    needed = float(refusal.value.message.split("give it ")[1].split()[0])
+    assert plan(model, topology, needed, context).kv_tokens >= (context or 1)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 1), (18, 1), (1, 31)])
