@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from protocol.client import Stats
-from protocol.runtime_dir import running_instances
+from protocol.runtime_dir import running_instances, runtime_root
 from tandem import Client
 from tandem.instances import children_of, wait_ended
 
@@ -63,7 +63,7 @@ class Place:
 
     def running(self) -> list[str]:
         """Return the names of the servers that run here."""
-        return [facts.name for facts in running_instances(self.root)]
+        return [facts.name for facts in running_instances(runtime_root(self.environment))]
 
     def tandem(self, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         """Run a command to its end."""
