@@ -115,7 +115,7 @@ class LocalProcess:
 
 
 class LocalLauncher:
-    """Starts each rank as a child: ``command --connect ADDRESS --rank R --epoch E``."""
+    """Starts each rank as a child: ``command --connect ADDRESS --rank R --epoch E --parent PID``."""
 
     def __init__(self, command: Sequence[str] = WORKER_COMMAND) -> None:
         self._command = tuple(command)
@@ -125,8 +125,11 @@ class LocalLauncher:
         started: list[LocalProcess] = []
         try:
             for rank in range(order.world_size):
-                arguments = ("--connect", order.address, "--rank", str(rank), "--epoch", str(order.epoch))
-                started.append(start_process((rank,), (*self._command, *arguments), order))
+                command = (
+                    *(*self._command, "--connect", order.address, "--rank", str(rank)),
+                    *("--epoch", str(order.epoch), "--parent", str(os.getpid())),
+                )
+                started.append(start_process((rank,), command, order))
         except BaseException:
             abandon(started)
             raise

@@ -1,4 +1,4 @@
-"""``python -P -m worker --connect ADDRESS --rank R --epoch E``: one rank, started by the orchestrator."""
+"""``python -P -m worker --connect ADDRESS --rank R --epoch E --parent PID``: one rank of an instance."""
 
 import argparse
 import os
@@ -15,11 +15,12 @@ def main() -> int:
     parser.add_argument("--connect", required=True, help="ZeroMQ address of the orchestrator")
     parser.add_argument("--rank", required=True, type=int)
     parser.add_argument("--epoch", required=True, type=int)
+    parser.add_argument("--parent", required=True, type=int, help="process id of the orchestrator")
     arguments = parser.parse_args()
     # A terminal's Ctrl-C goes to the whole foreground group; what it means is the orchestrator's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        link = Link(arguments.connect, arguments.rank, Parent())
+        link = Link(arguments.connect, arguments.rank, Parent(arguments.parent))
     except ParentDiedError:
         return 1
     try:

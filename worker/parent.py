@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import select
 import signal
 
 _PR_SET_PDEATHSIG = 1
@@ -15,24 +14,20 @@ class ParentDiedError(Exception):
 class Parent:
     """The orchestrator as its worker sees it.
 
-    The kernel kills this process when its parent ends (PDEATHSIG). That misses a parent that ended
-    before the call, and a worker started from a thread that lives on; ``fd``, readable from the
-    parent's end, catches those at the next wait.
+    ``pid`` is what it said it is: who asks the kernel alone takes the process that orphans are given to
+    for a parent that lives. The kernel kills this process when its parent ends (PDEATHSIG). That misses a
+    worker started from a thread that lives on; ``fd``, readable from the parent's end, catches that at the
+    next wait.
     """
 
-    def __init__(self) -> None:
-        parent = os.getppid()
-        try:
-            self.fd = os.pidfd_open(parent)
-        except ProcessLookupError:
-            raise ParentDiedError from None
+    def __init__(self, pid: int) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
             errno = ctypes.get_errno()
             raise OSError(errno, f"prctl(PR_SET_PDEATHSIG): {os.strerror(errno)}")
-        if os.getppid() != parent or self.is_gone():
-            raise ParentDiedError
-
-    def is_gone(self) -> bool:
-        """Whether the parent has ended."""
-        return bool(select.select([self.fd], [], [], 0)[0])
+        if os.getppid() != pid:
+            raise ParentDiedError  # It ended before the call above.
+        try:
+            self.fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            raise ParentDiedError from None

@@ -85,7 +85,8 @@ class Orchestrator:
 
     def command(self, rank: int) -> list[str]:
         python = [sys.executable, "-P", "-W", "error", "-m", "worker"]
-        return [*python, "--connect", self.address, "--rank", str(rank), "--epoch", str(EPOCH)]
+        which = ["--rank", str(rank), "--epoch", str(EPOCH), "--parent", str(os.getpid())]
+        return [*python, "--connect", self.address, *which]
 
     def start(self) -> None:
         for rank in range(self.topology.world_size):
@@ -274,8 +275,9 @@ def test_bytes_that_are_no_message_are_a_fault(orchestrator: Callable[[Topology]
 
 
 PARENT = """
-import subprocess, sys
-child = subprocess.Popen(sys.argv[2:], pass_fds=[int(fd) for fd in sys.argv[1].split(",")])
+import os, subprocess, sys
+command = [*sys.argv[2:], "--parent", str(os.getpid())]
+child = subprocess.Popen(command, pass_fds=[int(fd) for fd in sys.argv[1].split(",")])
 child.wait()
 """
 
