@@ -134,12 +134,11 @@ class _Server:
             self._statuses = ranks.statuses
         self._display.boot_begins(blueprint.title, blueprint.topology.world_size)
         gateway_stack = await stack.enter_async_context(AsyncExitStack())
-        engine = await self._boot(blueprint, ranks, gateway_stack)
         try:
-            await self._serve(engine)
+            await self._serve(await self._boot(blueprint, ranks, gateway_stack))
         except BaseException as error:
-            self._give_up(engine, error)
-            # Clients are told before the ranks are ended: that can take seconds.
+            # Everyone is told before the ranks are ended: that can take seconds.
+            self._give_up(error)
             await gateway_stack.aclose()
             if isinstance(error, RankLostError | TandemError | asyncio.CancelledError):
                 raise
@@ -265,8 +264,8 @@ class _Server:
         )
         asyncio.get_running_loop().call_later(self._deadlines.drain_s, engine.end_requests, error)
 
-    def _give_up(self, engine: Engine, error: BaseException) -> None:
-        """Tell every client at once."""
+    def _give_up(self, error: BaseException) -> None:
+        """Tell every client and the facts file at once."""
         match error:
             case RankLostError():
                 told = fault_error(error.fault)
@@ -276,5 +275,9 @@ class _Server:
                 told = UnavailableError("the server was told to end at once")
             case _:
                 told = InstanceFailedError(f"the orchestrator has failed: {error!r}")
-        engine.give_up(told)
+        if self.engine is not None:
+            self.engine.give_up(told)
+        if self._gateway is not None:
+            # The engine does not know the streams that are still being tokenised.
+            self._gateway.close(told)
         self._home.say("failed", told.message)
