@@ -34,6 +34,8 @@ ANSWER_LIMIT_S: Final = 10.0
 """A server that lives answers within this."""
 LEAVE_MS: Final = 200
 """What was sent last has this long to leave."""
+NEVER_MS: Final = 2**31 - 1
+"""ZeroMQ's own word for never, -1, makes a lost connection drop what has arrived and is not read yet."""
 DRAIN_S: Final = 0.05
 """Between the news of a lost connection and the end of its streams: what had arrived is still read."""
 _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED
@@ -108,7 +110,7 @@ class Connection:
         self._socket = self._context.socket(zmq.DEALER)
         # A server that went away is another one when it comes back: its streams are gone.
         for option, value in (
-            (zmq.RECONNECT_IVL, -1),
+            (zmq.RECONNECT_IVL, NEVER_MS),
             (zmq.LINGER, 0),
             (zmq.MAXMSGSIZE, MAX_CLIENT_FRAME_BYTES),
         ):
