@@ -214,7 +214,12 @@ class LiveDisplay(PlainDisplay):
 
     def note(self, text: str) -> None:
         """Write a line above the bar."""
+        from rich.control import Control
+        from rich.segment import ControlType
+
         try:
+            # Over the ^C that a terminal echoes.
+            self._rich.control(Control(ControlType.CARRIAGE_RETURN))
             self._rich.print(text, markup=False, soft_wrap=True)
         except OSError:
             pass  # The terminal is gone.

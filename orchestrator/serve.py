@@ -88,7 +88,7 @@ class _Signals:
     def _take(self, number: signal.Signals) -> None:
         engine = self._server.engine
         if engine is not None and engine.state == "ready":
-            self._server.drain()
+            self._server.drain(number)
         elif self.code is None and (engine is None or number == signal.SIGINT):
             self.code = 128 + number
             self._task.cancel()
@@ -247,7 +247,7 @@ class _Server:
         else:
             self._lost = fault
 
-    def drain(self) -> None:
+    def drain(self, number: signal.Signals) -> None:
         """Take no new requests and end when those there are have."""
         import msgspec
 
@@ -259,6 +259,8 @@ class _Server:
         self._gateway.update_info(msgspec.structs.replace(self._info, state="draining"))
         if engine.has_requests:
             self._display.note("draining: requests that run are finished; Ctrl-C again ends at once")
+        elif number == signal.SIGINT:
+            self._display.note("stopping")
         error = UnavailableError(
             f"the server is stopping, and its {self._deadlines.drain_s:g} s for requests that ran are over"
         )

@@ -20,10 +20,8 @@ def render(report: BootReport, columns: int) -> RenderableType:
     rate = (
         f", {size(report.load_bytes)} read at {report.load_gb_per_s:.2f} GB/s" if report.load_bytes else ""
     )
-    head = (
-        f"{report.model} as {report.instance!r}: tp {report.tp} pp {report.pp}, {report.dtype}, "
-        f"ready in {report.seconds:.2f} s{rate}"
-    )
+    name = report.model if report.model == report.instance else f"{report.model} as {report.instance!r}"
+    head = f"{name}: tp {report.tp} pp {report.pp}, {report.dtype}, ready in {report.seconds:.2f} s{rate}"
     parts: list[RenderableType] = [Text(head, style="bold"), waterfall(report, columns)]
     if report.memory:
         parts.append(memory_table(_tightest(report)))
