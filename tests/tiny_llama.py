@@ -11,7 +11,13 @@ from tests.unit.text_models import CHATML, byte_level, directory
 
 
 def write_tiny_llama(
-    path: Path, *, heads: int = 4, kv_heads: int = 2, layers: int = 2, template: str | None = CHATML
+    path: Path,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    layers: int = 2,
+    context: int = 512,
+    template: str | None = CHATML,
 ) -> Path:
     """Write the model and return its directory; the same weights at each call."""
     tokenizer = byte_level()
@@ -26,7 +32,7 @@ def write_tiny_llama(
         "num_key_value_heads": kv_heads,
         "head_dim": 16,
         "vocab_size": -(-tokenizer.get_vocab_size() // 16) * 16,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": context,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,

@@ -1,14 +1,11 @@
-"""Whatever is wrong is refused by name, and the real server goes on serving the others."""
+"""Whatever a client sends is refused by name, and the real server goes on serving the others."""
 
 import asyncio
 import json
-import random
-import shutil
 import signal
-import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +21,15 @@ from tests.tiny_llama import write_tiny_llama
 from tests.unit.gateway_fakes import RawClient
 
 SMALL = ("--memory", "0.7")
-CONTEXT = 512
+CONTEXT = 4096
 GREEDY: dict[str, Any] = {"prompt_ids": [5, 6, 7], "temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
-LONG: dict[str, Any] = {"prompt_ids": [5, 6, 7], "max_tokens": 400, "ignore_eos": True}
+LONG: dict[str, Any] = {"prompt_ids": [5, 6, 7], "max_tokens": 4000, "ignore_eos": True}
 VANISH_S = 15.0
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", context=CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -65,143 +62,6 @@ def server(running: tuple[Server, list[int]]) -> Iterator[Server]:
 def client(server: Server) -> Iterator[Client]:
     with server.client() as client:
         yield client
-
-
-# What cannot be served.
-
-
-def header(model: Path) -> tuple[dict[str, Any], bytes]:
-    content = (model / "model.safetensors").read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
-def with_header(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
-    def apply(model: Path) -> None:
-        tensors, data = header(model)
-        change(tensors)
-        encoded = json.dumps(tensors).encode()
-        (model / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
-
-    return apply
-
-
-def truncate(model: Path) -> None:
-    path = model / "model.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-
-
-def overlap(tensors: dict[str, Any]) -> None:
-    first, second = sorted(
-        (entry for name, entry in tensors.items() if name != "__metadata__"),
-        key=lambda entry: entry["data_offsets"],
-    )[:2]
-    second["data_offsets"] = first["data_offsets"]
-    second["shape"] = first["shape"]
-
-
-def lie_about_the_dtype(tensors: dict[str, Any]) -> None:
-    tensors[NORM]["dtype"] = "I32"
-
-
-def lie_about_the_shape(tensors: dict[str, Any]) -> None:
-    tensors[NORM]["shape"] = [2, tensors[NORM]["shape"][0] // 2]
-
-
-def rename(new: str) -> Callable[[dict[str, Any]], None]:
-    def change(tensors: dict[str, Any]) -> None:
-        tensors[new] = tensors.pop(NORM)
-
-    return change
-
-
-def add(tensors: dict[str, Any]) -> None:
-    end = max(entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__")
-    tensors["model.extra.weight"] = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
-
-
-NORM = "model.norm.weight"
-BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
-    "truncated": (truncate, "model_format", "model.safetensors"),
-    "overlapping": (with_header(overlap), "model_format", "model.safetensors"),
-    "another dtype": (with_header(lie_about_the_dtype), "model_format", NORM),
-    "another shape": (with_header(lie_about_the_shape), "model_format", NORM),
-    "a missing tensor": (with_header(rename("model.other.weight")), "model_format", NORM),
-    "an unexpected tensor": (with_header(add), "model_format", "model.extra.weight"),
-    "no config": (lambda m: (m / "config.json").unlink(), "storage", "config.json"),
-    "a config that is no JSON": (
-        lambda m: (m / "config.json").write_text("{"),
-        "model_format",
-        "config.json",
-    ),
-    "a tokenizer that is none": (
-        lambda m: (m / "tokenizer.json").write_text("{}"),
-        "model_format",
-        "tokenizer.json",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_model_is_not_served(place: Place, tiny: Path, tmp_path: Path, what: str) -> None:
-    breaks, code, named = BROKEN[what]
-    model = tmp_path / "model"
-    shutil.copytree(tiny, model)
-    breaks(model)
-    error = place.refusal("serve", "--model", str(model), "--name", "broken", *SMALL)
-    assert error["code"] == code
-    assert named in error["message"]
-    assert "broken" not in place.running()
-    assert not (place.root / "broken").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "field"),
-    [
-        (("--model", "no-such-model"), "unknown_model", "model"),
-        (("--model", "TINY", "--tp", "3"), "impossible_layout", "tp"),
-        (("--model", "TINY", "--pp", "99"), "impossible_layout", "pp"),
-        (("--model", "TINY", "--memory", "0.01"), "does_not_fit", "memory"),
-        (("--model", "TINY", "--memory", "1000000"), "does_not_fit", "memory"),
-        (("--model", "TINY", "--context", "100000"), "does_not_fit", "context"),
-        (("--model", "TINY", "--max-rows", "600"), "invalid_request", "step_tokens"),
-        (("--model", "TINY", "--devices", "tpu"), "unsupported_model", "devices"),
-        (("--model", "TINY", "--max-restarts", "1"), "invalid_request", "max_restarts"),
-        (("--model", "TINY", "--name", "../x"), "invalid_request", "name"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_starts(
-    place: Place, tiny: Path, arguments: tuple[str, ...], code: str, field: str
-) -> None:
-    before = place.running()
-    error = place.refusal("serve", *(str(tiny) if a == "TINY" else a for a in arguments))
-    assert (error["code"], error["field"]) == (code, field)
-    assert place.running() == before
-
-
-def test_a_boot_report_that_cannot_be_written(place: Place, tiny: Path) -> None:
-    missing = place.path / "no-such-directory" / "boot.json"
-    error = place.refusal("serve", "--model", str(tiny), "--boot-report", str(missing), *SMALL)
-    assert (error["code"], error["field"]) == ("storage", "boot_report")
-    assert str(missing) in error["message"]
-
-
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
-    # A file in the place of the directory: nobody can write there, root neither.
-    in_the_way = tmp_path / "cache"
-    in_the_way.write_text("")
-    with Place(in_the_way) as place:
-        for command in (("serve", "--model"), ("pull",)):
-            error = place.refusal(*command, "smollm2-135m")
-            assert (error["code"], error["field"]) == ("storage", "cache")
-            assert str(in_the_way) in error["message"]
-
-
-def test_a_runtime_directory_that_is_not_private(tmp_path: Path, tiny: Path) -> None:
-    with Place(tmp_path) as place:
-        place.root.mkdir(mode=0o755)
-        assert place.refusal("serve", "--model", str(tiny))["code"] == "storage"
 
 
 # What cannot be answered.
@@ -342,7 +202,7 @@ def test_a_frame_of_any_size_costs_its_sender_the_connection_only(server: Server
 
 
 def test_random_bytes_change_nothing(server: Server) -> None:
-    frames = list(inputs(random.Random(4).randrange(1000), 2000))
+    frames = list(inputs(4, 2000))
     raw = RawClient(server.facts["address"])
     try:
         for frame in frames:
@@ -367,8 +227,7 @@ sys.stdin.read()
 """
 
 
-def test_a_client_that_vanishes_leaves_nothing_behind(place: Place, tiny: Path, server: Server) -> None:
-    # Its answers would take much longer than the server needs to notice.
+def test_a_client_that_vanishes_leaves_nothing_behind(place: Place, server: Server) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", VANISHING],
         env=place.environment,
