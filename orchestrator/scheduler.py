@@ -4,10 +4,11 @@ There are no phases. A request has a target (known tokens and those that steps i
 a count of computed ones; a step moves computed towards the target by what its token budget gives.
 Chunked prefill, prefix hits, preemption and recompute after a fault are this one movement.
 
-Order of a step: running rows with one token to go, running rows with more, then the queue. The queue
-runs by arrival, where a point of priority is worth ``AGE_S`` of waiting: so a request can only be
-overtaken by those that come within its disadvantage × ``AGE_S`` after it, and nobody starves. When blocks
-run out, the last of that same order gives way; the first never does, so there is always progress.
+Order of a step: running rows with one token to go, running rows with more, then the queue. With stages,
+where not everybody fits in a step, it is of those who have waited longest for a turn. The queue runs by
+arrival, where a point of priority is worth ``AGE_S`` of waiting: so a request can only be overtaken by
+those that come within its disadvantage × ``AGE_S`` after it, and nobody starves. When blocks run out, the
+last of that same order gives way; the first never does, so there is always progress.
 """
 
 import heapq
@@ -265,8 +266,16 @@ class Scheduler:
         most_rows = -(-min(len(self._running) + self._num_waiting, config.max_rows) // config.pp)
         budget = config.step_tokens
         longer: list[Request] = []
+        new_rows: list[NewRow] = []
         decode = self._decode
-        for request in self._in_turn(most_rows):
+        turn = self._in_turn(most_rows)
+        if config.pp > 1 and len(turn) == most_rows and (admitted := self._admit(now)) is not None:
+            # Of all who may have this turn the queue's first has waited longest: rows that run would
+            # otherwise take every turn and let nobody in.
+            turn.pop()
+            new_rows.append(_new_row(admitted))
+            budget -= self._advance_by_chunk(admitted, budget - len(turn), rows, advances)
+        for request in turn:
             holding = request.holding
             if holding is None or request.num_to_sample == 0 or request.is_giving_way:
                 continue  # Without blocks: it gave way to a row before it.
@@ -290,7 +299,6 @@ class Scheduler:
         for request in longer:
             if budget and request.holding is not None and not request.is_giving_way:
                 budget -= self._advance_by_chunk(request, budget, rows, advances)
-        new_rows: list[NewRow] = []
         while budget and len(rows) < most_rows and (admitted := self._admit(now)) is not None:
             new_rows.append(_new_row(admitted))
             budget -= self._advance_by_chunk(admitted, budget, rows, advances)
