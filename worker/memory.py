@@ -32,6 +32,19 @@ def own_bytes() -> int:
     return status["RssAnon"] + status["RssFile"]
 
 
+def _peak(work: Callable[[], T]) -> tuple[T, int | None]:
+    """Do some work; return what it does, and its peak in bytes where the kernel lets us measure."""
+    before = own_bytes()
+    try:
+        _CLEAR.write_text(_RESET_PEAK)
+    except OSError:
+        return work(), None
+    result = work()
+    status = _status()
+    # Shared pages that the work touched for the first time are in the mark and not in the line.
+    return result, status["VmHWM"] - status.get("RssShmem", 0) - before
+
+
 class MemoryMeter:
     """Owner of a rank's measured lines. A line that the kernel does not let us measure stays out."""
 
@@ -42,18 +55,24 @@ class MemoryMeter:
         """Add to a line."""
         self._lines[name] = self._lines.get(name, 0) + max(size, 0)
 
-    def peak(self, name: str, work: Callable[[], T], scale: float = 1.0) -> T:
-        """Do some work and add what it took at its peak, times ``scale``, to a line."""
-        before = own_bytes()
-        try:
-            _CLEAR.write_text(_RESET_PEAK)
-        except OSError:
-            return work()
-        result = work()
-        status = _status()
-        # Shared pages that the work touched for the first time are in the mark and not in the line.
-        self.add(name, round((status["VmHWM"] - status.get("RssShmem", 0) - before) * scale))
+    def peak(self, name: str, work: Callable[[], T]) -> T:
+        """Do some work and add what it took at its peak to a line."""
+        result, size = _peak(work)
+        if size is not None:
+            self.add(name, size)
         return result
+
+    def peak_at(self, name: str, units: int, work: Callable[[int], T], done_units: int) -> tuple[T, T]:
+        """Add the peak that work of ``units`` would have, from work of one unit and of ``done_units``.
+
+        The peak is taken to grow by the unit, from what any amount of work takes. Returns what the two do.
+        """
+        least, one = _peak(lambda: work(1))
+        most, size = _peak(lambda: work(done_units))
+        if one is not None and size is not None:
+            per_unit = max(size - one, 0) / max(done_units - 1, 1)
+            self.add(name, round(size + per_unit * (units - done_units)))
+        return least, most
 
     def growth(self, name: str, work: Callable[[], T]) -> T:
         """Do some work and add what it left allocated to a line."""

@@ -47,19 +47,21 @@ class WarmUp:
         # What the first products of a process load, and keep, belongs to no step.
         self._meter.growth("runtime", lambda: self._time([self._row(0, 1, 0)]))
         self._meter.growth("runtime", lambda: self._time([self._row(0, max(chunk // 4, 1), 0)]))
-        fixed_s = min(self._time([self._row(0, 1, 0)]) for _ in range(2))
-        chunk_s = self._meter.peak(
-            "activations", lambda: self._time([self._row(0, chunk, 0)]), limits.step_tokens / chunk
+        first_s, chunk_s = self._meter.peak_at(
+            "activations", limits.step_tokens, lambda count: self._time([self._row(0, count, 0)]), chunk
         )
         context = min(room, CONTEXT_TOKENS)
         context_s = self._meter.peak("workspace", lambda: self._time([self._row(0, context, context - 1)]))
         most_rows = min(
             limits.max_rows, limits.num_blocks, limits.step_tokens, self._runner.logit_rows, chunk
         )
-        rows = min(most_rows, LOGIT_ROWS)
-        self._meter.peak(
-            "logits", lambda: self._time([self._row(slot, 1, 0) for slot in range(rows)]), most_rows / rows
+        second_s, _ = self._meter.peak_at(
+            "logits",
+            most_rows,
+            lambda count: self._time([self._row(slot, 1, 0) for slot in range(count)]),
+            min(most_rows, LOGIT_ROWS),
         )
+        fixed_s = min(first_s, second_s)
         self._runner.reset()
         # A token costs its products and its attention: at most that of the longest context.
         share = (spec.flops_per_token + self._attention_flops(limits.context)) / (

@@ -78,20 +78,25 @@ def test_a_peak_is_measured_after_it_is_gone_and_growth_while_it_stays() -> None
     assert 39 * MIB < found["peak"] < 60 * MIB
 
 
-def test_a_peak_scales_and_shared_pages_are_not_in_it() -> None:
+def test_a_peak_grows_by_the_unit_and_shared_pages_are_not_in_it() -> None:
     meter = MemoryMeter()
     fd = os.memfd_create("shared")
     os.ftruncate(fd, 64 * MIB)
     with open(fd, "r+b") as file:
         shared = np.memmap(file, np.uint8, "r+")
 
-        def work() -> None:
+        def work(units: int) -> int:
             shared[:] = 1
-            np.ones(8 * MIB, np.uint8).sum()
+            # Mapped afresh: memory of the allocator may be there already.
+            with mmap.mmap(-1, (32 + 8 * units) * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as own:
+                for page in range(0, len(own), mmap.PAGESIZE):
+                    own[page] = 1
+            return units
 
-        meter.peak("peak", work, scale=2.0)
+        assert meter.peak_at("peak", 10, work, 3) == (1, 3)
     (line,) = meter.lines()
-    assert 15 * MIB < line.measured_bytes < 40 * MIB
+    # 112 MiB; scaled as a whole it would be 187.
+    assert 105 * MIB < line.measured_bytes < 125 * MIB
 
 
 CHILD = """
