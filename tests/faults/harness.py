@@ -73,13 +73,13 @@ class Place:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for server in self._servers:
-            server.close()
-        left = self.processes()
-        for pid in left:
-            _kill(pid)
-        shutil.rmtree(self.path)
-        assert not left, f"processes were left: {left}"
+        try:
+            for server in self._servers:
+                server.close()
+        finally:
+            for pid in self.processes():
+                _kill(pid)
+            shutil.rmtree(self.path)
 
     def serve(self, tp: int = 2, pp: int = 1, *, worker: str | None = None) -> "Server":
         """Start a server; ``worker``: what one of its workers does wrong (``bad_worker``)."""
