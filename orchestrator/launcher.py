@@ -32,9 +32,10 @@ class LaunchOrder:
 def rank_environment(environment: Mapping[str, str], threads: int) -> dict[str, str]:
     """Return the environment of a rank with so many compute threads."""
     kept = {name: environment[name] for name in KEPT_VARIABLES if name in environment}
-    # A thread that waits at a barrier gives its core away: spinning there costs nothing on a quiet machine,
-    # and makes every step four times as long where other work wants the cores.
-    return kept | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    # A thread that waits at a barrier gives its core away after a moment: to spin for as long as OpenMP
+    # does by itself makes every step twice as long where other work wants the cores, and not to spin at all
+    # costs an eighth on a quiet machine (docs/decisions.md).
+    return kept | {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "20000"}
 
 
 class RankProcess(Protocol):

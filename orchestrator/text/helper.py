@@ -89,7 +89,6 @@ def _die_with(parent: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:
         sys.exit(0)  # It died before we could ask to follow it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on the terminal is the parent's to handle.
 
 
 def _limit_memory(memory_bytes: int) -> None:

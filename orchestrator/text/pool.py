@@ -141,6 +141,8 @@ class HelperPool:
             *(str(self._directory), str(os.getpid()), *limits),
             stdin=PIPE,
             stdout=PIPE,
+            # A terminal's Ctrl-C is for the server alone, which then ends its helpers in order.
+            start_new_session=True,
         )
 
     async def close(self) -> None:

@@ -42,6 +42,13 @@ async def service(path: Path, **options: Any) -> AsyncIterator[TextService]:
         await text.close()
 
 
+def helpers() -> list[int]:
+    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [
+        p for p in map(int, found) if b"orchestrator.text.helper" in Path(f"/proc/{p}/cmdline").read_bytes()
+    ]
+
+
 def test_trouble_is_a_typed_error_and_the_others_go_on(tmp_path: Path) -> None:
     async def run() -> None:
         async with service(directory(tmp_path, TROUBLE), deadline_s=1.0, memory_bytes=64 << 20) as text:
@@ -85,18 +92,10 @@ def test_long_prompts_are_tokenised_in_a_helper(tmp_path: Path) -> None:
 
 
 def test_a_helper_that_dies_is_replaced_and_none_is_left(tmp_path: Path) -> None:
-    def children() -> list[int]:
-        found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        return [
-            p
-            for p in map(int, found)
-            if b"orchestrator.text.helper" in Path(f"/proc/{p}/cmdline").read_bytes()
-        ]
-
     async def run() -> None:
         async with service(directory(tmp_path)) as text:
             assert await text.chat(said("a"), 100)
-            (helper,) = children()
+            (helper,) = helpers()
             os.kill(helper, signal.SIGKILL)
             # Where its death is not known yet, that job alone is lost.
             (lost,) = await asyncio.gather(text.chat(said("b"), 100), return_exceptions=True)
@@ -104,9 +103,20 @@ def test_a_helper_that_dies_is_replaced_and_none_is_left(tmp_path: Path) -> None
                 assert isinstance(lost, InvalidRequestError)
                 assert "its process ended with -9" in lost.message
             assert await text.chat(said("c"), 100)
-            (another,) = children()
+            (another,) = helpers()
             assert another != helper
-        assert children() == []
+        assert helpers() == []
+
+    asyncio.run(run())
+
+
+def test_a_terminals_ctrl_c_cannot_reach_a_helper(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with service(directory(tmp_path)) as text:
+            assert await text.chat(said("a"), 100)
+            (helper,) = helpers()
+            # The terminal signals a group of its session, from the moment that a process is made.
+            assert os.getsid(helper) == helper
 
     asyncio.run(run())
 
