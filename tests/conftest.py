@@ -1,11 +1,16 @@
 """Fixtures that more than one room's tests share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from loader.hub import pull
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that: tests that
+# press it would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
