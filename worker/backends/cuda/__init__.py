@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: our own kernels, FlashInfer's attention, cuBLAS, CUDA graphs, virtual memory."""

@@ -1,0 +1,164 @@
+// Norm, rope with the KV write, SwiGLU, embedding: one read and one write of what they touch.
+
+// out = norm(residual [+ update]) * weight; residual is updated in place, and the norm is that of its rounded
+// value. One block a row; a thread holds CHUNKS packs of N elements in registers.
+template <typename T, int N, int CHUNKS, bool ADD>
+__device__ void norm(T* residual, const T* update, const T* weight, T* out, int width, float eps) {
+  let_next_start();
+  const i64 row = static_cast<i64>(blockIdx.x) * width;
+  float x[CHUNKS][N];
+  float w[N];
+  float squares = 0.0f;
+  if (CHUNKS == 1 && threadIdx.x * N < width) load<T, N>(weight + threadIdx.x * N, w);
+  wait_for_previous();
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c) {
+    const int i = (c * blockDim.x + threadIdx.x) * N;
+    if (i < width) {
+      load<T, N>(residual + row + i, x[c]);
+      if (ADD) {
+        float u[N];
+        load<T, N>(update + row + i, u);
+#pragma unroll
+        for (int k = 0; k < N; ++k) x[c][k] = to_float(from_float<T>(x[c][k] + u[k]));
+        store<T, N>(residual + row + i, x[c]);
+      }
+#pragma unroll
+      for (int k = 0; k < N; ++k) squares += x[c][k] * x[c][k];
+    }
+  }
+  const float scale = rsqrtf(block_sum(squares) / width + eps);
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c) {
+    const int i = (c * blockDim.x + threadIdx.x) * N;
+    if (i < width) {
+      if (CHUNKS > 1) load<T, N>(weight + i, w);
+#pragma unroll
+      for (int k = 0; k < N; ++k) x[c][k] = x[c][k] * scale * w[k];
+      store<T, N>(out + row + i, x[c]);
+    }
+  }
+}
+
+#define NORM(NAME, T, N, CHUNKS)                                                                          \
+  extern "C" __global__ void __launch_bounds__(1024) add_norm_##NAME##_##N##_##CHUNKS(                    \
+      T* residual, const T* update, const T* weight, T* out, int width, float eps) {                      \
+    norm<T, N, CHUNKS, true>(residual, update, weight, out, width, eps);                                  \
+  }                                                                                                       \
+  extern "C" __global__ void __launch_bounds__(1024) norm_##NAME##_##N##_##CHUNKS(                        \
+      T* residual, const T* update, const T* weight, T* out, int width, float eps) {                      \
+    norm<T, N, CHUNKS, false>(residual, update, weight, out, width, eps);                                 \
+  }
+NORM(bf16, bf16, 8, 1)
+NORM(bf16, bf16, 8, 4)
+NORM(bf16, bf16, 1, 16)
+NORM(f32, float, 4, 1)
+NORM(f32, float, 4, 4)
+NORM(f32, float, 1, 16)
+
+// residual += update, in place.
+template <typename T, int N> __device__ void add(T* residual, const T* update, i64 count) {
+  let_next_start();
+  wait_for_previous();
+  const i64 i = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+  if (i >= count) return;
+  float x[N], u[N];
+  load<T, N>(residual + i, x);
+  load<T, N>(update + i, u);
+#pragma unroll
+  for (int k = 0; k < N; ++k) x[k] += u[k];
+  store<T, N>(residual + i, x);
+}
+
+// q of [q | k | v] goes, rotated, to `queries`; k, rotated, and v go to the token's cache line. A line below 0
+// is nobody's and is not written. The two halves of a head rotate against each other.
+// rotation: [tokens, 3, dim / 2]: cos, -sin, sin.
+template <typename T, int N>
+__device__ void rope_store(const T* qkv, const T* rotation, const i64* lines, T* queries, T* cache, int heads,
+                           int kv_heads, int key_dim, int value_dim) {
+  let_next_start();
+  wait_for_previous();
+  const i64 token = blockIdx.y;
+  const int half = key_dim / 2;
+  const int rotated = (heads + kv_heads) * (half / N);
+  const int values = kv_heads * value_dim;
+  const int item = blockIdx.x * blockDim.x + threadIdx.x;
+  if (item >= rotated + values / N) return;
+  const i64 line = lines[token];
+  const T* row = qkv + token * ((heads + kv_heads) * key_dim + values);
+  T* stored = cache + line * (kv_heads * key_dim + values);
+  if (item >= rotated) {
+    if (line < 0) return;
+    const int i = (item - rotated) * N;
+    float x[N];
+    load<T, N>(row + (heads + kv_heads) * key_dim + i, x);
+    store<T, N>(stored + kv_heads * key_dim + i, x);
+    return;
+  }
+  const int head = item / (half / N), i = item % (half / N) * N;
+  if (head >= heads && line < 0) return;
+  float low[N], high[N], cosine[N], sine[N];
+  load<T, N>(row + head * key_dim + i, low);
+  load<T, N>(row + head * key_dim + half + i, high);
+  load<T, N>(rotation + token * 3 * half + i, cosine);
+  load<T, N>(rotation + token * 3 * half + 2 * half + i, sine);
+  float out_low[N], out_high[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    out_low[k] = low[k] * cosine[k] - high[k] * sine[k];
+    out_high[k] = high[k] * cosine[k] + low[k] * sine[k];
+  }
+  T* to = head < heads ? queries + (token * heads + head) * key_dim : stored + (head - heads) * key_dim;
+  store<T, N>(to + i, out_low);
+  store<T, N>(to + half + i, out_high);
+}
+
+// out = silu(gate) * up of [gate | up].
+template <typename T, int N> __device__ void swiglu(const T* gate_up, T* out, int width) {
+  let_next_start();
+  wait_for_previous();
+  const i64 row = blockIdx.y;
+  const int i = (blockIdx.x * blockDim.x + threadIdx.x) * N;
+  if (i >= width) return;
+  float gate[N], up[N];
+  load<T, N>(gate_up + row * 2 * width + i, gate);
+  load<T, N>(gate_up + row * 2 * width + width + i, up);
+#pragma unroll
+  for (int k = 0; k < N; ++k) gate[k] = gate[k] / (1.0f + __expf(-gate[k])) * up[k];
+  store<T, N>(out + row * width + i, gate);
+}
+
+// Rows of weight at token_ids - first; zeros outside [first, first + count).
+template <typename T, int N>
+__device__ void embed(const i64* token_ids, const T* weight, T* out, i64 first, i64 count, int width) {
+  let_next_start();
+  wait_for_previous();
+  const i64 row = blockIdx.y;
+  const int i = (blockIdx.x * blockDim.x + threadIdx.x) * N;
+  if (i >= width) return;
+  const i64 id = token_ids[row] - first;
+  float x[N] = {};
+  if (id >= 0 && id < count) load<T, N>(weight + id * width + i, x);
+  store<T, N>(out + row * width + i, x);
+}
+
+#define ELEMENTWISE(NAME, T, N)                                                                           \
+  extern "C" __global__ void add_##NAME##_##N(T* residual, const T* update, i64 count) {                  \
+    add<T, N>(residual, update, count);                                                                   \
+  }                                                                                                       \
+  extern "C" __global__ void rope_store_##NAME##_##N(const T* qkv, const T* rotation, const i64* lines,   \
+                                                     T* queries, T* cache, int heads, int kv_heads,       \
+                                                     int key_dim, int value_dim) {                        \
+    rope_store<T, N>(qkv, rotation, lines, queries, cache, heads, kv_heads, key_dim, value_dim);          \
+  }                                                                                                       \
+  extern "C" __global__ void swiglu_##NAME##_##N(const T* gate_up, T* out, int width) {                   \
+    swiglu<T, N>(gate_up, out, width);                                                                    \
+  }                                                                                                       \
+  extern "C" __global__ void embed_##NAME##_##N(const i64* token_ids, const T* weight, T* out, i64 first, \
+                                                i64 count, int width) {                                   \
+    embed<T, N>(token_ids, weight, out, first, count, width);                                             \
+  }
+ELEMENTWISE(bf16, bf16, 8)
+ELEMENTWISE(bf16, bf16, 1)
+ELEMENTWISE(f32, float, 4)
+ELEMENTWISE(f32, float, 1)
