@@ -46,9 +46,10 @@ class Load:
     prefill_prompts: int = 4
     prefill_tokens: int = 7000
     mixed_rows: int = 32
-    mixed_answer_tokens: int = 800
     mixed_prompts: int = 24
     mixed_prompt_tokens: int = 2000
+    mixed_lead_s: float = 1.0
+    """Before the first prompt, while there is decode alone."""
     mixed_interval_s: float = 0.1
     mixed_chunk: int = 256
     idle_s: float = 5.0
@@ -63,7 +64,7 @@ def decode(served: Served, load: Load, rows: int) -> dict[str, float]:
     used = cpu.between(*window)
     found |= {f"{role}_percent": seconds / (window[1] - window[0]) * 100 for role, seconds in used.items()}
     found["cpu_percent"] = serving(used) / (window[1] - window[0]) * 100
-    found["cpu_us_per_token"] = serving(used) / found["tokens"] * 1e6
+    found["cpu_us_per_token"] = found["cpu_percent"] / 100 / found["tokens_per_s"] * 1e6
     whole = min(s.sent_s for s in streams), max(s.last_s for s in streams)
     found["run_cpu_s"] = serving(cpu.between(*whole))
     return found
@@ -80,9 +81,10 @@ def prefill(served: Served, load: Load) -> dict[str, float]:
 def mixed(served: Served, load: Load) -> dict[str, Any]:
     """Return a decode step alone, then beside prompts that arrive at an interval."""
     rows = load.mixed_rows
-    requests = [served.request(load.prompt_tokens, load.mixed_answer_tokens) for _ in range(rows)]
+    room = served.info.context - load.prompt_tokens
+    requests = [served.request(load.prompt_tokens, room, is_background=True) for _ in range(rows)]
     for number in range(load.mixed_prompts):
-        delay_s = 1.0 + number * load.mixed_interval_s
+        delay_s = load.mixed_lead_s + number * load.mixed_interval_s
         requests.append(served.request(load.mixed_prompt_tokens, 1, delay_s))
     streams, _ = served.send(requests)
     decoding, arriving = streams[:rows], streams[rows:]
@@ -91,7 +93,7 @@ def mixed(served: Served, load: Load) -> dict[str, Any]:
     last = max(s.last_s for s in arriving)
     if not start < first < last <= end:
         raise SystemExit(
-            "the prompts did not all come while the others decoded: change --mixed-answer-tokens, "
+            "the prompts did not all come while the others decoded: raise --mixed-lead-s, or lower "
             "--mixed-prompts or --mixed-interval-s "
             f"(decode {start - end:.2f} to 0 s, prompts {first - end:.2f} to {last - end:.2f} s)"
         )

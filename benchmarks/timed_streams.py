@@ -33,6 +33,8 @@ class Request(TypedDict):
     max_tokens: int
     delay_s: float
     """After the common start."""
+    is_background: bool
+    """Ends with the others of its process, however many tokens it has had."""
 
 
 def run_streams(
@@ -92,7 +94,9 @@ def _kill_all(children: "Sequence[subprocess.Popen[str]]") -> None:
         child.kill()
 
 
-async def _read(client: AsyncClient, request: Request, start_s: float) -> dict[str, Any]:
+async def _read(
+    client: AsyncClient, request: Request, start_s: float, is_over: asyncio.Event
+) -> dict[str, Any]:
     await asyncio.sleep(max(0.0, start_s + request["delay_s"] - time.monotonic()))
     arrivals: list[tuple[float, int]] = []
     stream = client.stream(
@@ -106,6 +110,8 @@ async def _read(client: AsyncClient, request: Request, start_s: float) -> dict[s
         tokens = sum(len(chunk.token_ids) for chunk in chunks)
         if tokens:
             arrivals.append((time.monotonic(), tokens))
+        if request["is_background"] and is_over.is_set():
+            await stream.aclose()
     return {"sent_s": sent_s, "arrivals": arrivals}
 
 
@@ -115,7 +121,14 @@ async def _serve(address: str) -> list[dict[str, Any]]:
         await client.info()
         print("ready", flush=True)
         start_s = float(sys.stdin.readline())
-        return await asyncio.gather(*(_read(client, request, start_s) for request in requests))
+        is_over = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_read(client, one, start_s, is_over)) for one in requests]
+            awaited = [t for t, one in zip(tasks, requests, strict=True) if not one["is_background"]]
+            if awaited:
+                await asyncio.wait(awaited)
+            is_over.set()
+        return [task.result() for task in tasks]
 
 
 def main() -> None:

@@ -48,20 +48,24 @@ def step_figures(streams: Sequence[StreamTimes], window: tuple[float, float]) ->
     ``step_ms``: median time between a stream's tokens. Tokens that came together share the time since the
     chunk before. ``step_mean_ms``: their mean, which sees rare stalls. ``gap_p99_ms``: 99th percentile of
     the time between chunks, as a reader feels it. ``merged``: part of the tokens that did not come alone.
+    ``tokens_per_s``: the streams' rates together.
+
+    Errors: ``ValueError`` where there are too few tokens.
     """
     start, end = window
-    gaps = [gap for stream in streams for gap in _gaps(stream, start, end)]
-    if len(gaps) < 2:
-        raise ValueError("too few tokens in the window: ask for more")
+    by_stream = [list(_gaps(stream, start, end)) for stream in streams]
+    if not all(by_stream):
+        raise ValueError("a stream has too few tokens in the window: ask for more")
+    gaps = [gap for stream in by_stream for gap in stream]
     each = [gap / count for gap, count in gaps for _ in range(count)]
     tokens = len(each)
     return {
         "step_ms": statistics.median(each) * 1e3,
         "step_mean_ms": sum(gap for gap, _ in gaps) / tokens * 1e3,
-        "gap_p99_ms": statistics.quantiles([gap for gap, _ in gaps], n=100, method="inclusive")[98] * 1e3,
+        "gap_p99_ms": _percentile([gap for gap, _ in gaps], 99) * 1e3,
         "merged": sum(count for _, count in gaps if count > 1) / tokens,
         "tokens": tokens,
-        "tokens_per_s": tokens / (end - start),
+        "tokens_per_s": sum(sum(n for _, n in s) / sum(gap for gap, _ in s) for s in by_stream),
     }
 
 
@@ -73,3 +77,9 @@ def _gaps(stream: StreamTimes, start: float, end: float) -> Iterator[tuple[float
             if before is not None:
                 yield moment - before, count
             before = moment
+
+
+def _percentile(values: Sequence[float], percent: int) -> float:
+    if len(values) == 1:
+        return values[0]
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
