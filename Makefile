@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= test
 # Set EXTRAS=test,cuda on a machine with GPUs; the same torch pin then takes its CUDA build.
+CHECKPOINT ?= /dev/shm/tandem-llama-3-8b
+# 16 GB of random weights, made once; remove the directory to have the memory back.
+FIGURES ?= build/figures
+GPU_BENCHMARKS := $(filter-out gpu_serve,$(basename $(notdir $(wildcard benchmarks/gpu_*.py))))
 
 .PHONY: run setup check test test-unit test-rest test-long gpu-test gpu-bench clean
 
@@ -32,6 +36,19 @@ test-long: setup
 
 gpu-test: setup
 	$(BIN)/pytest tests/gpu -m gpu
+
+# One after another, so that none disturbs another; all are run, and a demand that is missed fails at the end.
+gpu-bench: setup $(CHECKPOINT)/model.safetensors.index.json
+	mkdir -p $(FIGURES)
+	failed=; for name in $(GPU_BENCHMARKS); do \
+		echo "== $$name"; $(BIN)/python -m benchmarks.$$name --json $(FIGURES)/$$name.json || failed="$$failed $$name"; \
+	done; \
+	echo "== gpu_serve"; \
+	$(BIN)/python -m benchmarks.gpu_serve --model $(CHECKPOINT) --json $(FIGURES)/gpu_serve.json || failed="$$failed gpu_serve"; \
+	if [ -n "$$failed" ]; then echo "missed or failed:$$failed"; exit 1; fi
+
+$(CHECKPOINT)/model.safetensors.index.json: | setup
+	$(BIN)/python -m benchmarks.make_checkpoint llama-3-8b $(CHECKPOINT) --tokenizer
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
