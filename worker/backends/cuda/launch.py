@@ -16,7 +16,6 @@ from cuda.bindings import driver
 from worker.backends.cuda.compiler import KernelCache
 from worker.backends.cuda.driver import CudaError, check
 
-_DYNAMIC_SHARED_LIMIT = 48 << 10
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -55,7 +54,8 @@ class Kernel:
         self._attribute.value[0] = 1
         self._config = _Config(attributes=ctypes.pointer(self._attribute), num_attributes=1)
         self._launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
-        self._shared_limit = _DYNAMIC_SHARED_LIMIT
+        # What a kernel may ask for unasked depends on the shared memory that its text declares.
+        self._shared_limit = 0
 
     def __call__(
         self,

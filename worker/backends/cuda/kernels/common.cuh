@@ -16,6 +16,8 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
   return bits;
 }
 
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
 // N neighbouring elements, moved by one access where they are 16 bytes.
 template <typename T, int N> struct alignas(sizeof(T) * N) Pack { T at[N]; };
 

@@ -3,14 +3,15 @@
 // out = norm(residual [+ update]) * weight; residual is updated in place, and the norm is that of its rounded
 // value. One block a row; a thread holds CHUNKS packs of N elements in registers.
 template <typename T, int N, int CHUNKS, bool ADD>
-__device__ void norm(T* residual, const T* update, const T* weight, T* out, int width, float eps) {
+__device__ __forceinline__ void norm(T* residual, const T* update, const T* weight, T* out, int width, float eps) {
   let_next_start();
   const i64 row = static_cast<i64>(blockIdx.x) * width;
   float x[CHUNKS][N];
   float w[N];
-  float squares = 0.0f;
+  // Weights are nobody's output: with few registers to hold them they are read before the wait.
   if (CHUNKS == 1 && threadIdx.x * N < width) load<T, N>(weight + threadIdx.x * N, w);
   wait_for_previous();
+  float squares = 0.0f;
 #pragma unroll
   for (int c = 0; c < CHUNKS; ++c) {
     const int i = (c * blockDim.x + threadIdx.x) * N;
@@ -46,13 +47,15 @@ __device__ void norm(T* residual, const T* update, const T* weight, T* out, int 
     norm<T, N, CHUNKS, true>(residual, update, weight, out, width, eps);                                  \
   }                                                                                                       \
   extern "C" __global__ void __launch_bounds__(1024) norm_##NAME##_##N##_##CHUNKS(                        \
-      T* residual, const T* update, const T* weight, T* out, int width, float eps) {                      \
-    norm<T, N, CHUNKS, false>(residual, update, weight, out, width, eps);                                 \
+      T* x, const T* weight, T* out, int width, float eps) {                                              \
+    norm<T, N, CHUNKS, false>(x, nullptr, weight, out, width, eps);                                       \
   }
 NORM(bf16, bf16, 8, 1)
+NORM(bf16, bf16, 8, 2)
 NORM(bf16, bf16, 8, 4)
 NORM(bf16, bf16, 1, 16)
 NORM(f32, float, 4, 1)
+NORM(f32, float, 4, 2)
 NORM(f32, float, 4, 4)
 NORM(f32, float, 1, 16)
 
@@ -72,17 +75,17 @@ template <typename T, int N> __device__ void add(T* residual, const T* update, i
 
 // q of [q | k | v] goes, rotated, to `queries`; k, rotated, and v go to the token's cache line. A line below 0
 // is nobody's and is not written. The two halves of a head rotate against each other.
-// rotation: [tokens, 3, dim / 2]: cos, -sin, sin.
+// rotation: [tokens, 3, key_dim / 2]: cos, -sin, sin. Tokens on the grid's x, pieces of a token on its y.
 template <typename T, int N>
 __device__ void rope_store(const T* qkv, const T* rotation, const i64* lines, T* queries, T* cache, int heads,
                            int kv_heads, int key_dim, int value_dim) {
   let_next_start();
   wait_for_previous();
-  const i64 token = blockIdx.y;
+  const i64 token = blockIdx.x;
   const int half = key_dim / 2;
   const int rotated = (heads + kv_heads) * (half / N);
   const int values = kv_heads * value_dim;
-  const int item = blockIdx.x * blockDim.x + threadIdx.x;
+  const int item = blockIdx.y * blockDim.x + threadIdx.x;
   if (item >= rotated + values / N) return;
   const i64 line = lines[token];
   const T* row = qkv + token * ((heads + kv_heads) * key_dim + values);
@@ -113,18 +116,18 @@ __device__ void rope_store(const T* qkv, const T* rotation, const i64* lines, T*
   store<T, N>(to + half + i, out_high);
 }
 
-// out = silu(gate) * up of [gate | up].
+// out = silu(gate) * up of [gate | up]. Rows on the grid's x, as below.
 template <typename T, int N> __device__ void swiglu(const T* gate_up, T* out, int width) {
   let_next_start();
   wait_for_previous();
-  const i64 row = blockIdx.y;
-  const int i = (blockIdx.x * blockDim.x + threadIdx.x) * N;
+  const i64 row = blockIdx.x;
+  const int i = (blockIdx.y * blockDim.x + threadIdx.x) * N;
   if (i >= width) return;
   float gate[N], up[N];
   load<T, N>(gate_up + row * 2 * width + i, gate);
   load<T, N>(gate_up + row * 2 * width + width + i, up);
 #pragma unroll
-  for (int k = 0; k < N; ++k) gate[k] = gate[k] / (1.0f + __expf(-gate[k])) * up[k];
+  for (int k = 0; k < N; ++k) gate[k] = silu(gate[k]) * up[k];
   store<T, N>(out + row * width + i, gate);
 }
 
@@ -133,8 +136,8 @@ template <typename T, int N>
 __device__ void embed(const i64* token_ids, const T* weight, T* out, i64 first, i64 count, int width) {
   let_next_start();
   wait_for_previous();
-  const i64 row = blockIdx.y;
-  const int i = (blockIdx.x * blockDim.x + threadIdx.x) * N;
+  const i64 row = blockIdx.x;
+  const int i = (blockIdx.y * blockDim.x + threadIdx.x) * N;
   if (i >= width) return;
   const i64 id = token_ids[row] - first;
   float x[N] = {};
@@ -143,22 +146,26 @@ __device__ void embed(const i64* token_ids, const T* weight, T* out, i64 first, 
 }
 
 #define ELEMENTWISE(NAME, T, N)                                                                           \
-  extern "C" __global__ void add_##NAME##_##N(T* residual, const T* update, i64 count) {                  \
+  extern "C" __global__ void __launch_bounds__(256) add_##NAME##_##N(T* residual, const T* update,        \
+                                                                     i64 count) {                         \
     add<T, N>(residual, update, count);                                                                   \
   }                                                                                                       \
-  extern "C" __global__ void rope_store_##NAME##_##N(const T* qkv, const T* rotation, const i64* lines,   \
-                                                     T* queries, T* cache, int heads, int kv_heads,       \
-                                                     int key_dim, int value_dim) {                        \
+  extern "C" __global__ void __launch_bounds__(256) rope_store_##NAME##_##N(                              \
+      const T* qkv, const T* rotation, const i64* lines, T* queries, T* cache, int heads, int kv_heads,   \
+      int key_dim, int value_dim) {                                                                       \
     rope_store<T, N>(qkv, rotation, lines, queries, cache, heads, kv_heads, key_dim, value_dim);          \
   }                                                                                                       \
-  extern "C" __global__ void swiglu_##NAME##_##N(const T* gate_up, T* out, int width) {                   \
+  extern "C" __global__ void __launch_bounds__(256) swiglu_##NAME##_##N(const T* gate_up, T* out,         \
+                                                                        int width) {                      \
     swiglu<T, N>(gate_up, out, width);                                                                    \
   }                                                                                                       \
-  extern "C" __global__ void embed_##NAME##_##N(const i64* token_ids, const T* weight, T* out, i64 first, \
-                                                i64 count, int width) {                                   \
+  extern "C" __global__ void __launch_bounds__(256) embed_##NAME##_##N(                                   \
+      const i64* token_ids, const T* weight, T* out, i64 first, i64 count, int width) {                   \
     embed<T, N>(token_ids, weight, out, first, count, width);                                             \
   }
 ELEMENTWISE(bf16, bf16, 8)
+ELEMENTWISE(bf16, bf16, 4)
 ELEMENTWISE(bf16, bf16, 1)
 ELEMENTWISE(f32, float, 4)
+ELEMENTWISE(f32, float, 2)
 ELEMENTWISE(f32, float, 1)

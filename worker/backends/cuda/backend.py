@@ -1,0 +1,98 @@
+"""``Backend`` on one NVIDIA GPU: our kernels where they are the fastest, libraries' elsewhere."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from kv.tensors import LayerCache
+from worker.backends.cuda.elementwise import Elementwise
+from worker.backends.cuda.launch import Kernels
+from worker.backends.cuda.linear import Linear
+from worker.comm import Communicator
+from worker.context import AttentionPlan
+
+
+class PlannedAttention(Protocol):
+    """What the backend needs of attention over paged KV."""
+
+    def run(self, queries: torch.Tensor, cache: LayerCache, plan: Any) -> torch.Tensor:
+        """Return [tokens, heads * value_dim] of rotated queries [tokens, heads * key_dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class CudaStepPlan(AttentionPlan):
+    """One step in one KV group."""
+
+    lines: torch.Tensor
+    """int64 [tokens]: the cache line each token is written to, -1: none."""
+    attention: Any
+    """What the attention prepared; only it looks inside."""
+
+
+class CudaBackend:
+    """See ``Backend``. Everything is launched on torch's current stream and can be captured."""
+
+    def __init__(self, device: torch.device, kernels: Kernels, attention: PlannedAttention) -> None:
+        self.device = device
+        self._elementwise = Elementwise(kernels)
+        self._linear = Linear(kernels)
+        self._attention = attention
+        # float32 models are what other precisions are compared with: no TF32 in their products.
+        torch.set_float32_matmul_precision("highest")
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See ``Backend.linear``."""
+        return self._linear(x, weight)
+
+    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See ``Backend.logits``."""
+        return self._linear(x, weight, torch.float32)
+
+    def swiglu_linear(self, x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return ``swiglu(linear(x, gate_up))``, in one kernel for few rows."""
+        fused = self._linear.gated(x, gate_up)
+        return self.swiglu(self._linear(x, gate_up)) if fused is None else fused
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See ``Backend.rms_norm``."""
+        return self._elementwise.rms_norm(x, weight, eps)
+
+    def reduce_add(self, residual: torch.Tensor, update: torch.Tensor, comm: Communicator) -> None:
+        """See ``Backend.reduce_add``."""
+        if comm.topology.tp > 1:
+            comm.all_reduce(update)
+        self._elementwise.add(residual, update)
+
+    def reduce_add_norm(
+        self,
+        residual: torch.Tensor,
+        update: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        comm: Communicator,
+    ) -> torch.Tensor:
+        """See ``Backend.reduce_add_norm``."""
+        if comm.topology.tp > 1:
+            comm.all_reduce(update)
+        return self._elementwise.add_norm(residual, update, weight, eps)
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See ``Backend.swiglu``."""
+        return self._elementwise.swiglu(gate_up)
+
+    def embed(self, token_ids: torch.Tensor, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        """See ``Backend.embed``."""
+        return self._elementwise.embed(token_ids, weight, first, count)
+
+    def rope_and_store(
+        self, qkv: torch.Tensor, rotation: torch.Tensor, cache: LayerCache, plan: AttentionPlan
+    ) -> torch.Tensor:
+        """See ``Backend.rope_and_store``."""
+        assert isinstance(plan, CudaStepPlan)
+        return self._elementwise.rope_and_store(qkv, rotation, cache, plan.lines)
+
+    def attend(self, rotated: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
+        """See ``Backend.attend``."""
+        assert isinstance(plan, CudaStepPlan)
+        return self._attention.run(rotated, cache, plan.attention)
