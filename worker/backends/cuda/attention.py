@@ -1,0 +1,256 @@
+"""Causal attention over the paged cache: planned once a step and KV group, run once a layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from kv.tensors import LayerCache
+from worker.backends.cuda.attention_own import OwnDecode, OwnPrefill, Rows, Shape
+from worker.backends.cuda.attention_paths import (
+    DECODE_PATHS,
+    PREFILL_PATHS,
+    DecodePath,
+    DecodeRule,
+    PrefillPath,
+)
+from worker.backends.cuda.flashinfer import Operators, PagedPrefill, Xqa
+from worker.backends.cuda.launch import Kernels
+from worker.context import AttentionPlan
+
+_LARGEST_DIM = 256
+_XQA_BLOCKS_EACH: dict[DecodePath, int] = {"xqa": 1, "xqa_wide": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Tokens [first, first + count) of a step, attended by one launch."""
+
+    first: int
+    count: int
+    launch: Callable[[torch.Tensor, LayerCache, torch.Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PagedPlan(AttentionPlan):
+    """Attention of one step in one KV group."""
+
+    tokens: int
+    parts: tuple[_Part, ...]
+
+
+def _decode_paths(
+    kernels: Kernels,
+    operators: Operators,
+    shape: Shape,
+    rules: tuple[DecodeRule, ...],
+    device: torch.device,
+) -> dict[DecodePath, Xqa | OwnDecode]:
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    paths: dict[DecodePath, Xqa | OwnDecode] = {}
+    for rule in rules:
+        if rule.path in _XQA_BLOCKS_EACH:
+            module = Xqa.find(operators, shape)
+            if module is not None:
+                paths[rule.path] = Xqa(module, shape, multiprocessors, _XQA_BLOCKS_EACH[rule.path])
+        elif rule.path == "vector" or OwnDecode.fits_tensor_cores(shape):
+            paths[rule.path] = OwnDecode(kernels, shape, multiprocessors, rule.path == "tensor")
+    return paths
+
+
+def _prefill_path(
+    kernels: Kernels,
+    operators: Operators,
+    shape: Shape,
+    preferred: tuple[PrefillPath, ...],
+    device: torch.device,
+) -> PagedPrefill | OwnPrefill:
+    for path in preferred:
+        if path == "tiled":
+            break
+        module = PagedPrefill.find(operators, shape, path == "fa3")
+        if module is not None:
+            return PagedPrefill(module, shape, path == "fa3", device)
+    return OwnPrefill(kernels, shape)
+
+
+class CudaAttention:
+    """Attention of one KV group. Owns its workspace, so steps run one after another on one stream."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        operators: Path | None,
+        *,
+        heads: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        block_tokens: int,
+        max_rows: int,
+        max_blocks: int,
+        step_tokens: int,
+        device: torch.device,
+        decode_paths: tuple[DecodeRule, ...] = DECODE_PATHS,
+        prefill_paths: tuple[PrefillPath, ...] = PREFILL_PATHS,
+    ) -> None:
+        """Choose kernels and allocate their workspace.
+
+        ``heads`` and ``kv_heads`` are this rank's; dims are multiples of 8 up to 256. ``operators`` is the
+        directory of FlashInfer's operators; one that is not there is not used. ``max_blocks`` is the width
+        of the block tables, ``step_tokens`` the most tokens of a step. Errors: ``CudaError``.
+        """
+        assert heads % kv_heads == 0, (heads, kv_heads)
+        assert key_dim % 8 == value_dim % 8 == 0, (key_dim, value_dim)
+        assert max(key_dim, value_dim) <= _LARGEST_DIM, (key_dim, value_dim)
+        shape = Shape(
+            heads, kv_heads, key_dim, value_dim, dtype, block_tokens, max_rows, max_blocks, step_tokens
+        )
+        self._shape = shape
+        self._decode_rules = decode_paths
+        found = Operators(operators)
+        self._decode = _decode_paths(kernels, found, shape, decode_paths, device)
+        self._prefill = _prefill_path(kernels, found, shape, prefill_paths, device)
+        self._gather = kernels.get("attention", "gather_blocks", "PPPPPii")
+
+        paths = self._decode.values()
+        self._scratch = torch.zeros(
+            max(path.scratch_bytes for path in paths) + 16, dtype=torch.uint8, device=device
+        )
+        self._counters = torch.zeros(max(path.counters for path in paths), dtype=torch.int32, device=device)
+        uses_table = any(isinstance(path, Xqa) for path in paths)
+        uses_list = isinstance(self._prefill, PagedPrefill)
+        self._page_table = torch.zeros(
+            (max_rows if uses_table else 0, max_blocks), dtype=torch.int32, device=device
+        )
+        self._page_list = torch.zeros(
+            max_rows * max_blocks if uses_list else 0, dtype=torch.int32, device=device
+        )
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory that was allocated for good."""
+        tensors = (self._scratch, self._counters, self._page_table, self._page_list)
+        planned = self._prefill.device_bytes if isinstance(self._prefill, PagedPrefill) else 0
+        return sum(tensor.nbytes for tensor in tensors) + planned
+
+    def decode_path(self, rows: int) -> DecodePath:
+        """Return the path that a decode step of so many rows takes."""
+        return next(
+            rule.path
+            for rule in self._decode_rules
+            if rule.path in self._decode and rule.min_rows <= rows <= rule.max_rows
+        )
+
+    def plan_decode(
+        self, rows: int, slots: torch.Tensor, kv_lengths: torch.Tensor, block_tables: torch.Tensor
+    ) -> PagedPlan:
+        """Prepare a step of one token a row. Capturable: everything that changes is read on the device.
+
+        ``slots`` and ``kv_lengths`` are int32 [rows] or longer, ``block_tables`` int32 [slots, max_blocks].
+        Run once outside of a capture first: operators load themselves at their first launch.
+        """
+        part = self._decode_part(0, 0, Rows(rows, slots, kv_lengths, block_tables))
+        return PagedPlan(rows, (part,))
+
+    def plan_mixed(
+        self,
+        q_starts: list[int],
+        kv_lengths: list[int],
+        slots_device: torch.Tensor,
+        q_starts_device: torch.Tensor,
+        kv_lengths_device: torch.Tensor,
+        block_tables: torch.Tensor,
+    ) -> PagedPlan:
+        """Prepare a step of rows with any number of tokens, at least one each; not capturable.
+
+        Rows of one token at the beginning and at the end of the step are decoded, which is much faster for
+        them; a scheduler does well to put them there.
+        """
+        counts = [after - before for before, after in pairwise(q_starts)]
+        total = len(counts)
+        assert total == len(kv_lengths), (q_starts, kv_lengths)
+        assert min(counts) >= 1, counts
+        begin = next((row for row in range(total) if counts[row] > 1), total)
+        end = next((row for row in range(total, begin, -1) if counts[row - 1] > 1), begin)
+        parts = []
+        for first, last, is_decode in ((0, begin, True), (begin, end, False), (end, total, True)):
+            if first == last:
+                continue
+            rows = Rows(last - first, slots_device[first:last], kv_lengths_device[first:last], block_tables)
+            if is_decode:
+                parts.append(self._decode_part(first, q_starts[first], rows))
+            else:
+                starts, lengths = q_starts[first : last + 1], kv_lengths[first:last]
+                parts.append(self._prefill_part(rows, starts, lengths, q_starts_device[first : last + 1]))
+        return PagedPlan(q_starts[-1], tuple(parts))
+
+    def run(
+        self,
+        queries: torch.Tensor,
+        cache: LayerCache,
+        plan: AttentionPlan,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return attention of ``queries`` (contiguous, ``tokens * heads * key_dim`` elements).
+
+        The result is [tokens, heads * value_dim]. Keys and values of the step are in the cache already.
+        """
+        assert isinstance(plan, PagedPlan)
+        shape = self._shape
+        queries = queries.view(-1, shape.heads * shape.key_dim)
+        assert queries.shape[0] == plan.tokens, (queries.shape, plan.tokens)
+        assert queries.is_contiguous(), queries.stride()
+        if out is None:
+            size = (plan.tokens, shape.heads * shape.value_dim)
+            out = torch.empty(size, dtype=shape.dtype, device=queries.device)
+        for part in plan.parts:
+            if part.count == plan.tokens:
+                part.launch(queries, cache, out)
+            else:
+                tokens = slice(part.first, part.first + part.count)
+                part.launch(queries[tokens], cache, out[tokens])
+        return out
+
+    def _decode_part(self, first_row: int, first_token: int, rows: Rows) -> _Part:
+        path = self._decode[self.decode_path(rows.count)]
+        scratch, counters = self._scratch, self._counters
+        if isinstance(path, OwnDecode):
+            return _Part(first_token, rows.count, partial(path.launch, rows, scratch, counters))
+        table = self._page_table[first_row : first_row + rows.count]
+        self._gather_blocks(rows, 0, table)
+        return _Part(first_token, rows.count, partial(path.launch, rows, table, scratch, counters))
+
+    def _prefill_part(
+        self, rows: Rows, q_starts: list[int], kv_lengths: list[int], q_starts_device: torch.Tensor
+    ) -> _Part:
+        first, count = q_starts[0], q_starts[-1] - q_starts[0]
+        launch: Callable[[torch.Tensor, LayerCache, torch.Tensor], None]
+        if isinstance(self._prefill, OwnPrefill):
+            tiles = OwnPrefill.tiles([after - before for before, after in pairwise(q_starts)])
+            launch = partial(self._prefill.launch, rows, tiles, q_starts_device)
+        else:
+            plan = self._prefill.plan([start - first for start in q_starts], kv_lengths)
+            self._gather_blocks(rows, plan.page_starts, self._page_list)
+            launch = partial(self._prefill.launch, plan, self._page_list)
+        return _Part(first, count, launch)
+
+    def _gather_blocks(self, rows: Rows, starts: torch.Tensor | int, out: torch.Tensor) -> None:
+        shape = self._shape
+        self._gather(
+            (rows.count,),
+            128,
+            (
+                rows.block_tables,
+                rows.slots,
+                rows.kv_lengths,
+                starts,
+                out,
+                shape.max_blocks,
+                shape.block_tokens,
+            ),
+        )

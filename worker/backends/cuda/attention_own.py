@@ -1,0 +1,196 @@
+"""Our attention kernels: float32, and every bf16 shape that FlashInfer's operators lack."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kv.tensors import LayerCache
+from worker.backends.cuda.launch import Kernels
+
+_MOST_SPLITS = 128  # as in attention.cu
+_TILE = 32
+_THREADS = 128
+_TENSOR_BLOCKS = {64: 4, 128: 3, 256: 2}
+_VECTOR_BLOCKS = 3
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Attention of one KV group on one rank, and the largest step it is asked for."""
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    block_tokens: int
+    max_rows: int
+    max_blocks: int
+    step_tokens: int
+
+    @property
+    def ratio(self) -> int:
+        """Query heads of a KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that a row's line of the block tables can hold."""
+        return self.max_blocks * self.block_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What the kernels read of some rows, on the device."""
+
+    count: int
+    slots: torch.Tensor
+    """[count], int32: the row's line in ``block_tables``."""
+    kv_lengths: torch.Tensor
+    """[count], int32, tokens of this step included."""
+    block_tables: torch.Tensor
+    """[slots, max_blocks], int32."""
+
+
+def split(pairs: int, context: int, blocks_at_once: int) -> tuple[int, int]:
+    """Return into how many blocks a row's context is cut at most, and the tokens worth a block of its own.
+
+    ``pairs``: blocks that there are without cutting. Few pairs are cut until they fill the device once;
+    many until their last wave is not mostly empty.
+    """
+    if pairs * 2 <= blocks_at_once:
+        tokens = 128
+        count = blocks_at_once // pairs
+    else:
+        tokens = 512
+        waves = {n: pairs * n / blocks_at_once for n in range(1, 5)}
+        filled = {n: w / math.ceil(w) for n, w in waves.items()}
+        count = next(
+            (n for n, share in filled.items() if share >= 0.85), max(filled, key=filled.__getitem__)
+        )
+    return max(1, min(count, _MOST_SPLITS, -(-context // tokens))), tokens
+
+
+class OwnDecode:
+    """One query token a row. Capturable: how a row is split is decided on the device."""
+
+    def __init__(self, kernels: Kernels, shape: Shape, multiprocessors: int, on_tensor_cores: bool) -> None:
+        self._shape = shape
+        largest = max(shape.key_dim, shape.value_dim)
+        self._arguments: tuple[float, ...] = (_LOG2_E / math.sqrt(shape.key_dim),)
+        if on_tensor_cores:
+            dims = next(d for d in _TENSOR_BLOCKS if d >= largest)
+            self._kernel = kernels.get("attention", f"decode_tensor_{dims}", "PPPPPiiPPPiiiiif")
+            self._heads, blocks = 8, _TENSOR_BLOCKS[dims]
+        else:
+            name = f"decode_vector_{_DTYPE_NAMES[shape.dtype]}"
+            self._kernel = kernels.get("attention", name, "PPPPPiiPPPiiiiifi")
+            self._heads, blocks = 4, _VECTOR_BLOCKS
+            self._arguments += (1 << (largest // 8 - 1).bit_length(),)
+        self._blocks_at_once = blocks * multiprocessors
+        self._pairs_per_row = shape.kv_heads * -(-shape.ratio // self._heads)
+        self.counters = shape.max_rows * self._pairs_per_row
+        """int32 zeros needed; they are zero again after each launch."""
+        self.scratch_bytes = max(self._scratch_bytes(rows) for rows in range(1, shape.max_rows + 1))
+
+    @staticmethod
+    def fits_tensor_cores(shape: Shape) -> bool:
+        """Whether that kernel takes the shape."""
+        return shape.dtype == torch.bfloat16 and shape.block_tokens % 16 == 0
+
+    def launch(
+        self,
+        rows: Rows,
+        scratch: torch.Tensor,
+        counters: torch.Tensor,
+        queries: torch.Tensor,
+        cache: LayerCache,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend ``queries`` [rows, heads * key_dim]."""
+        shape = self._shape
+        splits, tokens = self._split(rows.count)
+        self._kernel(
+            (splits, self._pairs_per_row, rows.count),
+            _THREADS,
+            (
+                queries,
+                cache.lines,
+                rows.block_tables,
+                rows.slots,
+                rows.kv_lengths,
+                shape.max_blocks,
+                shape.block_tokens,
+                out,
+                scratch,
+                counters,
+                shape.heads,
+                shape.kv_heads,
+                shape.key_dim,
+                shape.value_dim,
+                tokens,
+                *self._arguments,
+            ),
+        )
+
+    def _split(self, rows: int) -> tuple[int, int]:
+        return split(rows * self._pairs_per_row, self._shape.max_context, self._blocks_at_once)
+
+    def _scratch_bytes(self, rows: int) -> int:
+        splits = self._split(rows)[0]
+        pairs = rows * self._pairs_per_row
+        return 0 if splits == 1 else pairs * splits * self._heads * (self._shape.value_dim + 2) * 4
+
+
+class OwnPrefill:
+    """Rows of any number of query tokens: float32 products on the CUDA cores."""
+
+    def __init__(self, kernels: Kernels, shape: Shape) -> None:
+        self._shape = shape
+        dims = next(d for d in _TENSOR_BLOCKS if d >= shape.value_dim)
+        name = f"prefill_{_DTYPE_NAMES[shape.dtype]}_{dims}"
+        self._kernel = kernels.get("attention", name, "PPPPPiiPPiiiiif")
+        self._scale = _LOG2_E / math.sqrt(shape.key_dim)
+        self._shared_bytes = _TILE * (2 * (shape.key_dim + 4) + shape.value_dim + 4) * 4
+
+    def launch(
+        self,
+        rows: Rows,
+        tiles: int,
+        q_starts: torch.Tensor,
+        queries: torch.Tensor,
+        cache: LayerCache,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend ``queries`` [tokens, heads * key_dim]; ``q_starts`` [rows + 1] may begin above 0."""
+        shape = self._shape
+        self._kernel(
+            (tiles, shape.heads),
+            _THREADS,
+            (
+                queries,
+                cache.lines,
+                rows.block_tables,
+                rows.slots,
+                rows.kv_lengths,
+                shape.max_blocks,
+                shape.block_tokens,
+                q_starts,
+                out,
+                shape.heads,
+                shape.kv_heads,
+                shape.key_dim,
+                shape.value_dim,
+                rows.count,
+                self._scale,
+            ),
+            self._shared_bytes,
+        )
+
+    @staticmethod
+    def tiles(counts: list[int]) -> int:
+        """Return the blocks a head needs for rows of so many query tokens."""
+        return sum(-(-count // _TILE) for count in counts)

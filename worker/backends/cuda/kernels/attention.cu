@@ -1,0 +1,575 @@
+// Causal attention over a paged cache. A token's line holds the keys of all KV heads, then the values; token t of
+// a row lies in block tables[slot * max_blocks + t / block_tokens]. Dims are multiples of 8. Softmax is in base 2,
+// sums are float32, and everything is added in a fixed order.
+//
+// Decode (one query token a row): grid (splits, kv_heads * head tiles, rows). How far a row is split follows from
+// its length, read here, so a captured graph stays right as rows grow. The last block of a (row, head tile) to
+// finish merges the others' parts.
+
+constexpr int WARPS = 4, THREADS = 32 * WARPS, MOST_SPLITS = 128;
+#define NONE __int_as_float(0xff800000)
+
+struct Lane16 { u32 at[4]; };
+
+// Streamed: a line of the cache is read once a step.
+__device__ __forceinline__ Lane16 stream16(const bf16* from, bool is_valid) {
+  Lane16 x = {{0, 0, 0, 0}};
+  if (is_valid)
+    asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.at[0]), "=r"(x.at[1]), "=r"(x.at[2]), "=r"(x.at[3])
+                 : "l"(from));
+  return x;
+}
+
+__device__ __forceinline__ float exp_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Weight of something whose maximum is `part` under the maximum `whole`; nothing weighs 0.
+__device__ __forceinline__ float weight_of(float part, float whole) {
+  return part == NONE ? 0.0f : exp_2(part - whole);
+}
+
+struct Rows {
+  const int* tables;
+  const int* slots;
+  const int* lengths;
+  int max_blocks, block_tokens;
+
+  __device__ const int* blocks(int row) const { return tables + static_cast<i64>(slots[row]) * max_blocks; }
+  __device__ i64 line(const int* blocks, int token) const {
+    return static_cast<i64>(blocks[token / block_tokens]) * block_tokens + token % block_tokens;
+  }
+};
+
+struct Shape {
+  int heads, kv_heads, key_dim, value_dim;
+
+  __device__ int width() const { return kv_heads * (key_dim + value_dim); }
+};
+
+__device__ __forceinline__ int active_splits(int length, int split_tokens) {
+  return max(1, min(static_cast<int>(gridDim.x), (length + split_tokens - 1) / split_tokens));
+}
+
+// What the warps of a block found: unnormalised sums, maxima and denominators of HEADS heads.
+template <int HEADS, int DIMS> struct Parts {
+  float sums[WARPS][HEADS][DIMS];
+  float maxima[WARPS][HEADS];
+  float totals[WARPS][HEADS];
+  float weights[HEADS][MOST_SPLITS];
+  float inverse[HEADS];
+  int ticket;
+};
+
+// Merge the warps, then the splits. `out` is the first of `count` heads of one token.
+// partial: [row and head tile][split][head of the tile][value_dim + 2]: sums, maximum, total.
+template <typename T, int HEADS, int DIMS>
+__device__ void finish(Parts<HEADS, DIMS>& parts, T* out, float* partial, int* done, int count, int value_dim,
+                       int splits) {
+  const int pair = blockIdx.z * gridDim.y + blockIdx.y;
+  const int pitch = value_dim + 2;
+  float* mine = partial + (static_cast<i64>(pair) * gridDim.x + blockIdx.x) * HEADS * pitch;
+  __syncthreads();
+  for (int i = threadIdx.x; i < count * value_dim; i += THREADS) {
+    const int head = i / value_dim, dim = i % value_dim;
+    float top = parts.maxima[0][head];
+#pragma unroll
+    for (int w = 1; w < WARPS; ++w) top = fmaxf(top, parts.maxima[w][head]);
+    float sum = 0.0f, total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+      const float weight = weight_of(parts.maxima[w][head], top);
+      sum += weight * parts.sums[w][head][dim];
+      total += weight * parts.totals[w][head];
+    }
+    if (splits == 1) {
+      out[i] = from_float<T>(total > 0.0f ? sum / total : 0.0f);
+    } else {
+      mine[head * pitch + dim] = sum;
+      if (dim == 0) {
+        mine[head * pitch + value_dim] = top;
+        mine[head * pitch + value_dim + 1] = total;
+      }
+    }
+  }
+  if (splits == 1) return;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) parts.ticket = atomicAdd(done + pair, 1);
+  __syncthreads();
+  if (parts.ticket != splits - 1) return;
+  __threadfence();
+  if (threadIdx.x == 0) done[pair] = 0;
+  const float* all = partial + static_cast<i64>(pair) * gridDim.x * HEADS * pitch;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int head = warp; head < count; head += WARPS) {
+    float maxima[MOST_SPLITS / 32], totals[MOST_SPLITS / 32];
+    float top = NONE, total = 0.0f;
+#pragma unroll
+    for (int s = 0; s < MOST_SPLITS / 32; ++s) {
+      const int split = s * 32 + lane;
+      const float* from = all + (static_cast<i64>(split) * HEADS + head) * pitch + value_dim;
+      maxima[s] = split < splits ? __ldcg(from) : NONE;
+      totals[s] = split < splits ? __ldcg(from + 1) : 0.0f;
+      top = fmaxf(top, maxima[s]);
+    }
+#pragma unroll
+    for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+#pragma unroll
+    for (int s = 0; s < MOST_SPLITS / 32; ++s) {
+      const float weight = weight_of(maxima[s], top);
+      parts.weights[head][s * 32 + lane] = weight;
+      total += weight * totals[s];
+    }
+    total = warp_sum(total);
+    if (lane == 0) parts.inverse[head] = total > 0.0f ? 1.0f / total : 0.0f;
+  }
+  __syncthreads();
+  // Two values a thread: the pitch is even, so they are eight aligned bytes.
+  for (int i = 2 * threadIdx.x; i < count * value_dim; i += 2 * THREADS) {
+    const int head = i / value_dim, dim = i % value_dim;
+    const float* from = all + head * pitch + dim;
+    float low = 0.0f, high = 0.0f;
+#pragma unroll 8
+    for (int s = 0; s < splits; ++s) {
+      const float2 x = __ldcg(reinterpret_cast<const float2*>(from + static_cast<i64>(s) * HEADS * pitch));
+      const float weight = parts.weights[head][s];
+      low += weight * x.x;
+      high += weight * x.y;
+    }
+    out[i] = from_float<T>(low * parts.inverse[head]);
+    out[i + 1] = from_float<T>(high * parts.inverse[head]);
+  }
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Two probabilities as bf16, transposed over the warp as an 8x8 matrix: a product's result becomes an operand.
+__device__ __forceinline__ u32 transposed(float low, float high) {
+  u32 x, y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+__device__ __forceinline__ float group_max(float x) {
+#pragma unroll
+  for (int step = 4; step < 32; step <<= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  return x;
+}
+
+__device__ __forceinline__ float group_sum(float x) {
+#pragma unroll
+  for (int step = 4; step < 32; step <<= 1) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
+// bf16 decode on the tensor cores, straight from global memory to registers: tokens are the rows of both products
+// (S^T = K Q^T, O^T = V^T P^T), up to 8 query heads of one KV head their columns. A warp takes tiles of 16 tokens;
+// block_tokens is a multiple of 16. In the first product it does not matter which dim stands where, as long as
+// K and Q agree, so a thread loads 8 neighbours; in the second, which row of the result is which dim.
+template <int DIMS>
+__device__ void decode_tensor(const bf16* queries, const bf16* cache, Rows rows, bf16* out, float* partial,
+                              int* done, Shape shape, int split_tokens, float scale) {
+  constexpr int STEPS = DIMS / 32, HALVES = DIMS / 64, HEADS = 8;
+  __shared__ Parts<HEADS, DIMS> parts;
+  let_next_start();
+  wait_for_previous();
+  const int row = blockIdx.z, length = rows.lengths[row];
+  const int splits = active_splits(length, split_tokens);
+  if (blockIdx.x >= splits) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, part = lane % 4;
+  const int ratio = shape.heads / shape.kv_heads, head_tiles = (ratio + HEADS - 1) / HEADS;
+  const int kv_head = blockIdx.y / head_tiles, first = blockIdx.y % head_tiles * HEADS;
+  const int count = min(HEADS, ratio - first);
+  const i64 head = static_cast<i64>(row) * shape.heads + kv_head * ratio + first;
+  const int width = shape.width();
+  const int* blocks = rows.blocks(row);
+  const bf16* keys = cache + kv_head * shape.key_dim;
+  const bf16* values = cache + shape.kv_heads * shape.key_dim + kv_head * shape.value_dim;
+
+  const int tiles = (length + 15) / 16, stride = splits * WARPS;
+  int tile = blockIdx.x * WARPS + warp;
+  auto line_of = [&](int i) { return rows.line(blocks, i * 16); };
+  Lane16 k[2][STEPS], v[4][HALVES], q[STEPS];
+  auto read_keys = [&](i64 line, int i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int j = 0; j < STEPS; ++j) {
+        const int token = h * 8 + group, dim = j * 32 + part * 8;
+        k[h][j] = stream16(keys + (line + token) * width + dim, i * 16 + token < length && dim < shape.key_dim);
+      }
+  };
+  i64 line = 0, next_line = 0;
+  if (tile < tiles) {
+    line = line_of(tile);
+    read_keys(line, tile);
+  }
+#pragma unroll
+  for (int j = 0; j < STEPS; ++j) {
+    const int dim = j * 32 + part * 8;
+    q[j] = stream16(queries + (head + group) * shape.key_dim + dim, group < count && dim < shape.key_dim);
+  }
+  float sums[HALVES][4][4] = {};
+  float top[2] = {NONE, NONE}, total[2] = {0.0f, 0.0f};
+  for (; tile < tiles; tile += stride) {
+    const int next = tile + stride;
+    if (next < tiles) next_line = line_of(next);
+#pragma unroll
+    for (int t = 0; t < 4; ++t)
+#pragma unroll
+      for (int h = 0; h < HALVES; ++h) {
+        const int token = t / 2 * 8 + part * 2 + t % 2, dim = h * 64 + group * 8;
+        v[t][h] = stream16(values + (line + token) * width + dim,
+                           tile * 16 + token < length && dim < shape.value_dim);
+      }
+    float s[4] = {};
+#pragma unroll
+    for (int j = 0; j < STEPS; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2)
+        multiply(s, k[0][j].at[i], k[1][j].at[i], k[0][j].at[i + 1], k[1][j].at[i + 1], q[j].at[i],
+                 q[j].at[i + 1]);
+    if (next < tiles) read_keys(next_line, next);
+    // s[0], s[1]: token `group` and heads 2 * part, 2 * part + 1; s[2], s[3]: token group + 8.
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[i] = tile * 16 + i / 2 * 8 + group < length ? s[i] * scale : NONE;
+    float p[4];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float new_top = fmaxf(top[h], group_max(fmaxf(s[h], s[h + 2])));
+      const float fade = weight_of(top[h], new_top);
+      p[h] = exp_2(s[h] - new_top);
+      p[h + 2] = exp_2(s[h + 2] - new_top);
+      total[h] = total[h] * fade + p[h] + p[h + 2];
+      top[h] = new_top;
+#pragma unroll
+      for (int i = 0; i < HALVES; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          sums[i][j][h] *= fade;
+          sums[i][j][h + 2] *= fade;
+        }
+    }
+    const u32 p_low = transposed(p[0], p[1]), p_high = transposed(p[2], p[3]);
+#pragma unroll
+    for (int h = 0; h < HALVES; ++h)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        multiply(sums[h][i], __byte_perm(v[0][h].at[i], v[1][h].at[i], 0x5410),
+                 __byte_perm(v[0][h].at[i], v[1][h].at[i], 0x7632),
+                 __byte_perm(v[2][h].at[i], v[3][h].at[i], 0x5410),
+                 __byte_perm(v[2][h].at[i], v[3][h].at[i], 0x7632), p_low, p_high);
+    line = next_line;
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float whole = group_sum(total[h]);
+    if (group == 0) {
+      parts.maxima[warp][part * 2 + h] = top[h];
+      parts.totals[warp][part * 2 + h] = whole;
+    }
+#pragma unroll
+    for (int i = 0; i < HALVES; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int d = 0; d < 2; ++d)
+          parts.sums[warp][part * 2 + h][i * 64 + group * 8 + j * 2 + d] = sums[i][j][d * 2 + h];
+  }
+  finish<bf16, HEADS, DIMS>(parts, out + head * shape.value_dim, partial, done, count, shape.value_dim, splits);
+}
+
+// Decode on the CUDA cores, for float32 and for what the tensor cores' kernel does not take. `lanes` lanes, a
+// power of two, hold a token's dims, 8 each; each such group of lanes goes its own way over the tokens.
+template <typename T>
+__device__ void decode_vector(const T* queries, const T* cache, Rows rows, T* out, float* partial, int* done,
+                              Shape shape, int split_tokens, float scale, int lanes) {
+  constexpr int HEADS = 4, AHEAD = 4;
+  __shared__ Parts<HEADS, 256> parts;
+  let_next_start();
+  wait_for_previous();
+  const int row = blockIdx.z, length = rows.lengths[row];
+  const int splits = active_splits(length, split_tokens);
+  if (blockIdx.x >= splits) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim = lane % lanes * 8;
+  const int ratio = shape.heads / shape.kv_heads, head_tiles = (ratio + HEADS - 1) / HEADS;
+  const int kv_head = blockIdx.y / head_tiles, first = blockIdx.y % head_tiles * HEADS;
+  const int count = min(HEADS, ratio - first);
+  const i64 head = static_cast<i64>(row) * shape.heads + kv_head * ratio + first;
+  const int width = shape.width();
+  const int* blocks = rows.blocks(row);
+  const T* keys = cache + kv_head * shape.key_dim + dim;
+  const T* values = cache + shape.kv_heads * shape.key_dim + kv_head * shape.value_dim + dim;
+  const bool has_key = dim < shape.key_dim, has_value = dim < shape.value_dim;
+
+  float q[HEADS][8] = {}, sums[HEADS][8] = {}, top[HEADS], total[HEADS];
+#pragma unroll
+  for (int h = 0; h < HEADS; ++h) {
+    top[h] = NONE;
+    total[h] = 0.0f;
+    if (h < count && has_key) load<T, 8>(queries + (head + h) * shape.key_dim + dim, q[h]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[h][i] *= scale;
+  }
+  const int groups = 32 / lanes, warp_first = (blockIdx.x * WARPS + warp) * groups;
+  const int stride = splits * WARPS * groups;
+  for (int base = warp_first; base < length; base += AHEAD * stride) {
+    float k[AHEAD][8] = {}, v[AHEAD][8] = {};
+#pragma unroll
+    for (int a = 0; a < AHEAD; ++a) {
+      const int token = base + lane / lanes + a * stride;
+      if (token < length) {
+        const i64 at = rows.line(blocks, token) * width;
+        if (has_key) load<T, 8>(keys + at, k[a]);
+        if (has_value) load<T, 8>(values + at, v[a]);
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+      float s[AHEAD];
+      float new_top = top[h];
+#pragma unroll
+      for (int a = 0; a < AHEAD; ++a) {
+        float dot = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) dot += q[h][i] * k[a][i];
+        for (int step = lanes / 2; step; step >>= 1) dot += __shfl_xor_sync(~0u, dot, step);
+        s[a] = base + lane / lanes + a * stride < length ? dot : NONE;
+        new_top = fmaxf(new_top, s[a]);
+      }
+      const float fade = weight_of(top[h], new_top);
+      total[h] *= fade;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[h][i] *= fade;
+#pragma unroll
+      for (int a = 0; a < AHEAD; ++a) {
+        const float p = weight_of(s[a], new_top);
+        total[h] += p;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[h][i] += p * v[a][i];
+      }
+      top[h] = new_top;
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < HEADS; ++h) {
+    for (int step = lanes; step < 32; step <<= 1) {
+      const float other = __shfl_xor_sync(~0u, top[h], step), new_top = fmaxf(top[h], other);
+      const float fade = weight_of(top[h], new_top), add = weight_of(other, new_top);
+      total[h] = total[h] * fade + __shfl_xor_sync(~0u, total[h], step) * add;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[h][i] = sums[h][i] * fade + __shfl_xor_sync(~0u, sums[h][i], step) * add;
+      top[h] = new_top;
+    }
+    if (lane == 0) {
+      parts.maxima[warp][h] = top[h];
+      parts.totals[warp][h] = total[h];
+    }
+    if (lane < lanes)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) parts.sums[warp][h][dim + i] = sums[h][i];
+  }
+  finish<T, HEADS, 256>(parts, out + head * shape.value_dim, partial, done, count, shape.value_dim, splits);
+}
+
+// Rows of any number of query tokens: a block takes 32 of one row's for one head, and 32 keys at a time.
+// Grid: (tiles of all rows, heads). Query tokens of row r are starts[r] .. starts[r + 1] - 1, less starts[0].
+constexpr int TILE = 32;
+
+template <typename T>
+__device__ __forceinline__ void fill(float* to, int pitch, const T* from, bool is_valid, int token, int i) {
+  float x[8] = {};
+  if (is_valid) load<T, 8>(from, x);
+#pragma unroll
+  for (int k = 0; k < 8; k += 4)
+    *reinterpret_cast<float4*>(to + token * pitch + i + k) = make_float4(x[k], x[k + 1], x[k + 2], x[k + 3]);
+}
+
+template <typename T, int DIMS>
+__device__ void prefill(const T* queries, const T* cache, Rows rows, const int* starts, T* out, Shape shape,
+                        int num_rows, float scale) {
+  extern __shared__ float shared[];
+  const int key_pitch = shape.key_dim + 4, value_pitch = shape.value_dim + 4;
+  float* q = shared;
+  float* k = q + TILE * key_pitch;
+  float* v = k + TILE * key_pitch;
+  __shared__ float p[TILE][TILE + 1];
+  let_next_start();
+  wait_for_previous();
+
+  // Which row this tile belongs to: every warp looks for itself, 32 rows at a time.
+  const int lane = threadIdx.x % 32;
+  int row = 0, tile = blockIdx.x;
+  for (int base = 0; base < num_rows; base += 32) {
+    const int mine = base + lane;
+    const int tiles = mine < num_rows ? (starts[mine + 1] - starts[mine] + TILE - 1) / TILE : 0;
+    int upto = tiles;
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+      const int before = __shfl_up_sync(~0u, upto, step);
+      if (lane >= step) upto += before;
+    }
+    const u32 holders = __ballot_sync(~0u, tile < upto);
+    if (holders) {
+      const int holder = __ffs(holders) - 1;
+      row = base + holder;
+      tile -= __shfl_sync(~0u, upto - tiles, holder);
+      break;
+    }
+    tile -= __shfl_sync(~0u, upto, 31);
+  }
+  const int begin = starts[row], tokens = starts[row + 1] - begin, length = rows.lengths[row];
+  const i64 first = begin - starts[0] + tile * TILE;
+  const int here = min(TILE, tokens - tile * TILE);
+  const int head = blockIdx.y, kv_head = head / (shape.heads / shape.kv_heads);
+  const int width = shape.width();
+  const int* blocks = rows.blocks(row);
+  const T* keys = cache + kv_head * shape.key_dim;
+  const T* values = cache + shape.kv_heads * shape.key_dim + kv_head * shape.value_dim;
+
+  const int key_chunks = shape.key_dim / 8, value_chunks = shape.value_dim / 8;
+  for (int c = threadIdx.x; c < TILE * key_chunks; c += THREADS) {
+    const int token = c / key_chunks, i = c % key_chunks * 8;
+    fill<T>(q, key_pitch, queries + ((first + token) * shape.heads + head) * shape.key_dim + i,
+            token < here, token, i);
+  }
+  const int query = threadIdx.x / 4, part = threadIdx.x % 4;
+  const int position = length - tokens + tile * TILE + query;
+  const int end = min(length, length - tokens + tile * TILE + here);
+  float4 sums[DIMS / 16];
+#pragma unroll
+  for (int i = 0; i < DIMS / 16; ++i) sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  float top = NONE, total = 0.0f;
+  for (int base = 0; base < end; base += TILE) {
+    __syncthreads();
+    for (int c = threadIdx.x; c < TILE * key_chunks; c += THREADS) {
+      const int token = c / key_chunks, i = c % key_chunks * 8;
+      const bool is_valid = base + token < end;
+      const i64 line = is_valid ? rows.line(blocks, base + token) : 0;
+      fill<T>(k, key_pitch, keys + line * width + i, is_valid, token, i);
+    }
+    for (int c = threadIdx.x; c < TILE * value_chunks; c += THREADS) {
+      const int token = c / value_chunks, i = c % value_chunks * 8;
+      const bool is_valid = base + token < end;
+      const i64 line = is_valid ? rows.line(blocks, base + token) : 0;
+      fill<T>(v, value_pitch, values + line * width + i, is_valid, token, i);
+    }
+    __syncthreads();
+    float s[TILE / 4] = {};
+    for (int i = 0; i < shape.key_dim; i += 4) {
+      const float4 x = *reinterpret_cast<const float4*>(q + query * key_pitch + i);
+#pragma unroll
+      for (int j = 0; j < TILE / 4; ++j) {
+        const float4 y = *reinterpret_cast<const float4*>(k + (j * 4 + part) * key_pitch + i);
+        s[j] += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+      }
+    }
+    float new_top = top;
+#pragma unroll
+    for (int j = 0; j < TILE / 4; ++j) {
+      s[j] = base + j * 4 + part <= position ? s[j] * scale : NONE;
+      new_top = fmaxf(new_top, s[j]);
+    }
+    new_top = fmaxf(new_top, __shfl_xor_sync(~0u, new_top, 1));
+    new_top = fmaxf(new_top, __shfl_xor_sync(~0u, new_top, 2));
+    const float fade = weight_of(top, new_top);
+    total *= fade;
+#pragma unroll
+    for (int j = 0; j < TILE / 4; ++j) {
+      const float x = weight_of(s[j], new_top);
+      total += x;
+      p[query][j * 4 + part] = x;
+    }
+    top = new_top;
+#pragma unroll
+    for (int i = 0; i < DIMS / 16; ++i) {
+      sums[i].x *= fade;
+      sums[i].y *= fade;
+      sums[i].z *= fade;
+      sums[i].w *= fade;
+    }
+    __syncwarp();
+    for (int j = 0; j < TILE; ++j) {
+      const float x = p[query][j];
+#pragma unroll
+      for (int i = 0; i < DIMS / 16; ++i)
+        if (i * 16 + part * 4 < shape.value_dim) {
+          const float4 y = *reinterpret_cast<const float4*>(v + j * value_pitch + i * 16 + part * 4);
+          sums[i].x += x * y.x;
+          sums[i].y += x * y.y;
+          sums[i].z += x * y.z;
+          sums[i].w += x * y.w;
+        }
+    }
+  }
+  total += __shfl_xor_sync(~0u, total, 1);
+  total += __shfl_xor_sync(~0u, total, 2);
+  if (query >= here) return;
+  const float inverse = 1.0f / total;
+  T* to = out + ((first + query) * shape.heads + head) * shape.value_dim;
+#pragma unroll
+  for (int i = 0; i < DIMS / 16; ++i)
+    if (i * 16 + part * 4 < shape.value_dim) {
+      const float x[4] = {sums[i].x * inverse, sums[i].y * inverse, sums[i].z * inverse, sums[i].w * inverse};
+      store<T, 4>(to + i * 16 + part * 4, x);
+    }
+}
+
+// The block ids that rows need, one row after another: at starts[row], or a line of max_blocks each.
+extern "C" __global__ void __launch_bounds__(128) gather_blocks(const int* tables, const int* slots,
+                                                                const int* lengths, const int* starts, int* out,
+                                                                int max_blocks, int block_tokens) {
+  let_next_start();
+  wait_for_previous();
+  const int row = blockIdx.x;
+  const int count = min(max_blocks, (lengths[row] + block_tokens - 1) / block_tokens);
+  const int* from = tables + static_cast<i64>(slots[row]) * max_blocks;
+  int* to = out + (starts ? static_cast<i64>(starts[row]) : static_cast<i64>(row) * max_blocks);
+  for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+}
+
+#define ROWS const int *tables, const int *slots, const int *lengths, int max_blocks, int block_tokens
+#define SHAPE int heads, int kv_heads, int key_dim, int value_dim
+#define TENSOR(DIMS, BLOCKS)                                                                                  \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_tensor_##DIMS(                         \
+      const bf16* queries, const bf16* cache, ROWS, bf16* out, float* partial, int* done, SHAPE,              \
+      int split_tokens, float scale) {                                                                        \
+    decode_tensor<DIMS>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, out, partial, \
+                        done, Shape{heads, kv_heads, key_dim, value_dim}, split_tokens, scale);               \
+  }
+TENSOR(64, 4)
+TENSOR(128, 3)
+TENSOR(256, 2)
+
+#define VECTOR(NAME, T)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(THREADS) decode_vector_##NAME(                                  \
+      const T* queries, const T* cache, ROWS, T* out, float* partial, int* done, SHAPE, int split_tokens,      \
+      float scale, int lanes) {                                                                                \
+    decode_vector<T>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, out, partial,     \
+                     done, Shape{heads, kv_heads, key_dim, value_dim}, split_tokens, scale, lanes);            \
+  }
+VECTOR(bf16, bf16)
+VECTOR(f32, float)
+
+#define PREFILL(NAME, T, DIMS)                                                                              \
+  extern "C" __global__ void __launch_bounds__(THREADS) prefill_##NAME##_##DIMS(                            \
+      const T* queries, const T* cache, ROWS, const int* starts, T* out, SHAPE, int num_rows,               \
+      float scale) {                                                                                        \
+    prefill<T, DIMS>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, starts, out,   \
+                     Shape{heads, kv_heads, key_dim, value_dim}, num_rows, scale);                          \
+  }
+PREFILL(bf16, bf16, 64)
+PREFILL(bf16, bf16, 128)
+PREFILL(bf16, bf16, 256)
+PREFILL(f32, float, 64)
+PREFILL(f32, float, 128)
+PREFILL(f32, float, 256)
