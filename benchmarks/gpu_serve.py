@@ -53,6 +53,8 @@ class Load:
     mixed_interval_s: float = 0.1
     mixed_chunk: int = 256
     idle_s: float = 5.0
+    limit_s: float = 120.0
+    """What is sent at a time may take so long."""
 
 
 def decode(served: Served, load: Load, rows: int) -> dict[str, float]:
@@ -107,9 +109,9 @@ def mixed(served: Served, load: Load) -> dict[str, Any]:
 class Report:
     """Collects figures, and what they are held against if model and machine are those of the demands."""
 
-    def __init__(self, model: ModelSpec, *, is_reference: bool) -> None:
-        self.figures: list[Figure] = []
-        self._model, self._is_reference = model, is_reference
+    def __init__(self, figures: list[Figure], model: ModelSpec, *, is_reference: bool) -> None:
+        """``figures``: where they are added, so that those before a failure are not lost."""
+        self._figures, self._model, self._is_reference = figures, model, is_reference
 
     def add(
         self,
@@ -120,7 +122,7 @@ class Report:
         higher_is_better: bool = False,
         ceiling: float | None = None,
     ) -> None:
-        """Add the median of samples."""
+        """Add the median of samples, and say it on standard error."""
         demand = Demand()
         if self._is_reference:
             known = DEMANDS.get(name, demand)
@@ -131,16 +133,16 @@ class Report:
                 vllm=known.vllm,
                 sglang=known.sglang,
             )
-        self.figures.append(
-            Figure(
-                name=name,
-                value=statistics.median(samples),
-                unit=unit,
-                higher_is_better=higher_is_better,
-                samples=list(samples),
-                demand=demand,
-            )
+        figure = Figure(
+            name=name,
+            value=statistics.median(samples),
+            unit=unit,
+            higher_is_better=higher_is_better,
+            samples=list(samples),
+            demand=demand,
         )
+        self._figures.append(figure)
+        print(f"{name}: {figure.value:.4g} {unit}", file=sys.stderr, flush=True)
 
     def add_server(self, served: Served) -> None:
         """Add what the server says of itself."""
@@ -183,55 +185,73 @@ class Report:
         self.add("mixed, time to a prompt's token", [one["prompt_s"] for one in found], "s")
 
 
-def measure(
-    model: Path, devices: str, load: Load, parts: Sequence[str], arguments: Sequence[str], gpu: str | None
-) -> tuple[list[Figure], dict[str, Any]]:
-    """Measure the parts that are asked for; return the figures, and every sample with the run's facts."""
-    draw = random.Random(load.repeats)
-    raw: dict[str, Any] = {}
-    config = read_config(model)
-    report: Report | None = None
-    if set(parts) - {"mixed"}:
-        with Served(model, devices, arguments, draw) as served:
-            report = _report(served, model, config, gpu)
-            report.add_server(served)
-            raw["memory"] = [[m.name, m.predicted_bytes, m.measured_bytes] for m in served.info.memory]
-            if "idle" in parts:
-                raw["idle"] = served.idle_percent(load.idle_s)
-                report.add("CPU idle", [serving(raw["idle"])], "% of a core")
-            if "decode" in parts:
-                decode(served, load, max(load.rows))  # What is done once is done.
-                raw["decode"] = {}
-                for rows in load.rows:
-                    found = [decode(served, load, rows) for _ in range(load.repeats)]
-                    raw["decode"][rows] = found
-                    report.add_decode(load, rows, found)
-            if "prefill" in parts:
-                prefill(served, load)
-                raw["prefill"] = [prefill(served, load) for _ in range(load.repeats)]
-                name = f"prefill, {load.prefill_prompts} x {load.prefill_tokens}"
-                rates = [one["tokens_per_s"] for one in raw["prefill"]]
-                report.add(name, rates, "tokens/s", higher_is_better=True)
-    if "mixed" in parts:
+class Measurement:
+    """What has been measured so far, by parts. Its figures and samples stay whatever happens then."""
+
+    def __init__(
+        self, model: Path, devices: str, load: Load, arguments: Sequence[str] = (), gpu: str | None = None
+    ) -> None:
+        """``arguments``: for ``tandem serve``. ``gpu``: what the driver calls it."""
+        self.figures: list[Figure] = []
+        self.raw: dict[str, Any] = {}
+        """Every sample."""
+        self._model, self._devices, self._load = model, devices, load
+        self._arguments, self._gpu = tuple(arguments), gpu
+        self._draw = random.Random(load.repeats)
+
+    def run(self, parts: Sequence[str]) -> None:
+        """Measure these parts, on one server or two."""
+        if set(parts) - {"mixed"}:
+            with self._serve() as served:
+                report = self._report(served)
+                report.add_server(served)
+                self.raw["memory"] = [
+                    [line.name, line.predicted_bytes, line.measured_bytes] for line in served.info.memory
+                ]
+                if "idle" in parts:
+                    self.raw["idle"] = served.idle_percent(self._load.idle_s)
+                    report.add("CPU idle", [serving(self.raw["idle"])], "% of a core")
+                if "decode" in parts:
+                    self._decode(served, report)
+                if "prefill" in parts:
+                    self._prefill(served, report)
+        if "mixed" in parts:
+            self._mixed()
+
+    def _serve(self, *more: str) -> Served:
+        arguments = (*self._arguments, *more)
+        return Served(self._model, self._devices, arguments, self._draw, self._load.limit_s)
+
+    def _decode(self, served: Served, report: Report) -> None:
+        samples = self.raw.setdefault("decode", {})
+        for rows in self._load.rows:
+            decode(served, self._load, rows)  # What is done once, at this size, is done.
+            samples[rows] = [decode(served, self._load, rows) for _ in range(self._load.repeats)]
+            report.add_decode(self._load, rows, samples[rows])
+
+    def _prefill(self, served: Served, report: Report) -> None:
+        load = self._load
+        prefill(served, load)
+        found = self.raw["prefill"] = [prefill(served, load) for _ in range(load.repeats)]
+        name = f"prefill, {load.prefill_prompts} x {load.prefill_tokens}"
+        report.add(name, [one["tokens_per_s"] for one in found], "tokens/s", higher_is_better=True)
+
+    def _mixed(self) -> None:
+        load = self._load
         step = load.mixed_rows + load.mixed_chunk
         rows = min(step, load.mixed_rows + load.mixed_prompts)
-        limits = ("--max-rows", str(rows), "--step-tokens", str(step))
-        with Served(model, devices, (*arguments, *limits), draw) as served:
-            report = report or _report(served, model, config, gpu)
-            raw["mixed"] = [mixed(served, load) for _ in range(load.repeats)]
-            raw["mixed_chunk"] = load.mixed_chunk
-            report.add_mixed(raw["mixed"])
-    assert report is not None
-    return report.figures, raw
+        with self._serve("--max-rows", str(rows), "--step-tokens", str(step)) as served:
+            self.raw["mixed_chunk"] = load.mixed_chunk
+            self.raw["mixed"] = [mixed(served, load) for _ in range(load.repeats)]
+            self._report(served).add_mixed(self.raw["mixed"])
 
-
-def _report(served: Served, model: Path, config: dict[str, Any], gpu: str | None) -> Report:
-    info = served.info
-    reference = (
-        name_of(config) == "llama-3-8b" and info.dtype == "bfloat16" and (info.tp, info.pp) == (1, 1)
-    )
-    spec = load_spec(model, info.dtype)
-    return Report(spec, is_reference=reference and gpu is not None and "H200" in gpu)
+    def _report(self, served: Served) -> Report:
+        info = served.info
+        is_one_rank = (info.tp, info.pp) == (1, 1)
+        is_model = name_of(read_config(self._model)) == "llama-3-8b" and info.dtype == "bfloat16"
+        is_machine = self._gpu is not None and "H200" in self._gpu
+        spec = load_spec(self._model, info.dtype)
+        return Report(self.figures, spec, is_reference=is_one_rank and is_model and is_machine)
 
 
 def gpu_name() -> str | None:
@@ -265,12 +285,15 @@ def main() -> None:
     options = parser.parse_args(own)
     load = Load(**{name: getattr(options, name) for name in Load.__dataclass_fields__})
     gpu = None if options.devices == "cpu" else gpu_name()
-    figures, raw = measure(options.model, options.devices, load, options.parts, passed, gpu)
-    print(table(figures))
-    if options.json:
-        facts = {"gpu": gpu, "model": str(options.model), "serve": passed, "raw": raw}
-        options.json.write_bytes(as_data(figures, facts))
-    failures = missed(figures)
+    measurement = Measurement(options.model, options.devices, load, passed, gpu)
+    try:
+        measurement.run(options.parts)
+    finally:
+        print(table(measurement.figures))
+        if options.json:
+            facts = {"gpu": gpu, "model": str(options.model), "serve": passed, "raw": measurement.raw}
+            options.json.write_bytes(as_data(measurement.figures, facts))
+    failures = missed(measurement.figures)
     if failures:
         sys.exit("missed: " + "; ".join(failures))
 

@@ -20,11 +20,14 @@ from tandem.local_server import LocalServer
 class Served:
     """A server of its own for a measurement, and the ways to load it. Use as a context manager."""
 
-    def __init__(self, model: Path, devices: str, arguments: Sequence[str], draw: random.Random) -> None:
+    def __init__(
+        self, model: Path, devices: str, arguments: Sequence[str], draw: random.Random, limit_s: float
+    ) -> None:
+        """``draw``: for prompts. ``limit_s``: how long what is sent at a time may take."""
         # Found from anywhere; a checkout need not be installed.
         paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        self._draw = draw
+        self._draw, self._limit_s = draw, limit_s
         self._server = LocalServer(
             (
                 *("env", f"PYTHONPATH={self._environment['PYTHONPATH']}"),
@@ -73,7 +76,7 @@ class Served:
                 f"{self.info.max_rows}: pass it -- --max-rows {len(requests)}, or ask for fewer --rows"
             )
         cpu = ServerCpu(self._server.pid)
-        streams = run_streams(self.address, requests, self._environment, cpu.sample)
+        streams = run_streams(self.address, requests, self._environment, cpu.sample, self._limit_s)
         for stream, request in zip(streams, requests, strict=True):
             asked = request["max_tokens"]
             assert stream.tokens == asked or request["is_background"], (stream.tokens, asked)

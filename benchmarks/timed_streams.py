@@ -23,7 +23,6 @@ from tandem import AsyncClient
 STREAMS_A_PROCESS = 64
 START_S = 0.05
 """From the word to the first request: all processes hear it before."""
-LIMIT_S = 300.0
 
 
 class Request(TypedDict):
@@ -38,13 +37,17 @@ class Request(TypedDict):
 
 
 def run_streams(
-    address: str, requests: Sequence[Request], environment: dict[str, str], sample: Callable[[], None]
+    address: str,
+    requests: Sequence[Request],
+    environment: dict[str, str],
+    sample: Callable[[], None],
+    limit_s: float,
 ) -> list[StreamTimes]:
     """Send requests from as many processes as they need and return what came, in their order.
 
     ``sample`` is called about every 5 ms from before the first request to after the last token.
 
-    Errors: ``RuntimeError`` where a client fails.
+    Errors: ``RuntimeError`` where a client fails, ``TimeoutExpired`` where one is not done in ``limit_s``.
     """
     count = -(-len(requests) // STREAMS_A_PROCESS)
     # Dealt out, so that each process has its part of the late ones.
@@ -63,7 +66,7 @@ def run_streams(
                 raise RuntimeError("a client could not connect; it has said why on standard error")
         start_s = time.monotonic() + START_S
         sample()
-        answers = [pool.submit(child.communicate, f"{start_s!r}\n", LIMIT_S) for child in children]
+        answers = [pool.submit(child.communicate, f"{start_s!r}\n", limit_s) for child in children]
         while not all(answer.done() for answer in answers):
             time.sleep(0.005)
             sample()

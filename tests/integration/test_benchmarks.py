@@ -134,8 +134,10 @@ def test_the_whole_system_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path:
     )
     with Place() as place:
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(place.path))
-        figures, raw = gpu_serve.measure(tmp_path, "cpu", load, gpu_serve.PARTS, ("--memory", "1"), None)
+        measurement = gpu_serve.Measurement(tmp_path, "cpu", load, ("--memory", "1"))
+        measurement.run(gpu_serve.PARTS)
         assert place.running() == []
+    figures, raw = measurement.figures, measurement.raw
     found = {figure.name: figure.value for figure in figures}
     assert 0 < found["decode step, 1 request"] < 1000
     assert 0 < found["decode step, 3 requests"] <= found["decode gap p99, 3 requests"]
