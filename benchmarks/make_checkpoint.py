@@ -66,7 +66,7 @@ def write_checkpoint(
         config["num_hidden_layers"] = layers
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty")
+        raise FileExistsError(f"{directory} is not empty: give a new directory")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer:
         specials = (config["bos_token_id"], config["eos_token_id"])
@@ -210,8 +210,9 @@ def main() -> None:
             threads=options.threads,
             report=lambda line: print(line, file=sys.stderr, flush=True),
         )
-    except FileExistsError as error:
-        sys.exit(f"{error}: give a new directory")
+    except OSError as error:
+        # No room, above all: what was written so far is for the user to remove.
+        sys.exit(f"{options.directory} cannot be made: {error}")
 
 
 if __name__ == "__main__":
