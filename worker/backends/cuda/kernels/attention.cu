@@ -397,9 +397,9 @@ __device__ __forceinline__ void fill(float* to, int pitch, const T* from, bool i
 template <typename T, int DIMS>
 __device__ void prefill(const T* queries, const T* cache, Rows rows, const int* starts, T* out, Shape shape,
                         int num_rows, float scale) {
-  extern __shared__ float shared[];
+  extern __shared__ float4 shared[];
   const int key_pitch = shape.key_dim + 4, value_pitch = shape.value_dim + 4;
-  float* q = shared;
+  float* q = reinterpret_cast<float*>(shared);
   float* k = q + TILE * key_pitch;
   float* v = k + TILE * key_pitch;
   __shared__ float p[TILE][TILE + 1];
