@@ -38,8 +38,6 @@ class CudaBackend:
         self._elementwise = Elementwise(kernels)
         self._linear = Linear(kernels)
         self._attention = attention
-        # float32 models are what other precisions are compared with: no TF32 in their products.
-        torch.set_float32_matmul_precision("highest")
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See ``Backend.linear``."""

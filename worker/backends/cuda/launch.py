@@ -112,4 +112,8 @@ class Kernels:
             function = check(driver.cuModuleGetFunction(self._modules[file], name.encode()), name)
         except CudaError as error:
             raise CudaError(f"{file}.cu has no kernel {name}: {error.message}") from None
+        # Neighbours overlap only where they want the same split of a multiprocessor's memory: all want the
+        # most shared memory, as cuBLAS's and the products' kernels do.
+        split = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        check(driver.cuFuncSetAttribute(function, split, 100), name)
         return Kernel(int(function), name, signature)

@@ -149,6 +149,7 @@ __device__ __forceinline__ void gemv(const bf16* x, const bf16* weight, void* ou
         slot = slot == ring_first + (DEPTH - 1) * SLOT_BYTES ? ring_first : slot + SLOT_BYTES;
       }
     }
+    asm volatile("cp.async.wait_all;" ::: "memory");
   } else {
     for (int stage = 0; stage < stages; stage += DEPTH) {
 #pragma unroll
