@@ -1,6 +1,9 @@
-"""The NCCL way, for long messages between GPUs: torch's group of one tensor-parallel group of ranks."""
+"""The NCCL way, for long messages between GPUs: torch's group of one tensor-parallel group of ranks.
 
-import os
+NCCL is told of its buffers by the environment alone, which is the launcher's: ``NCCL_BUFFSIZE=1048576``, and
+``NCCL_NVLS_ENABLE=0`` where multicast fails late, as it does in many virtual machines.
+"""
+
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -13,7 +16,8 @@ from worker.comm_group import CollectiveError
 NCCL_FROM_BYTES = 4 << 20
 """From here on NCCL takes over from the kernels over IPC."""
 
-_CHANNELS, _BUFFER_BYTES = 16, 1 << 20
+_CHANNELS = 16
+"""At most, because each takes buffers; long messages between two GPUs need no more."""
 
 
 class NcclWay:
@@ -28,14 +32,10 @@ class NcclWay:
         """
         from torch.distributed import ProcessGroupNCCL  # of GPU builds alone
 
-        # NCCL reads these once, at its first communicator, and has no other way to be told of its buffers.
-        os.environ["NCCL_MAX_NCHANNELS"] = str(_CHANNELS)
-        os.environ["NCCL_BUFFSIZE"] = str(_BUFFER_BYTES)
-        # Multicast needs a fabric that many virtual machines do not have, and fails late.
-        os.environ["NCCL_NVLS_ENABLE"] = "0"
         self._size = len(ranks)
         options = ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout_s)  # noqa: SLF001
+        options.config.max_ctas = _CHANNELS
         try:
             self._group: Any = ProcessGroupNCCL(
                 PrefixStore(f"nccl/{ranks[0]}", store), ranks.index(rank), self._size, options
