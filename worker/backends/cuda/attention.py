@@ -146,6 +146,13 @@ class CudaAttention:
             if rule.path in self._decode and rule.min_rows <= rows <= rule.max_rows
         )
 
+    @property
+    def prefill_path(self) -> PrefillPath:
+        """Return the path of rows with several tokens."""
+        if isinstance(self._prefill, OwnPrefill):
+            return "tiled"
+        return "fa3" if self._prefill.is_fa3 else "fa2"
+
     def plan_decode(
         self, rows: int, slots: torch.Tensor, kv_lengths: torch.Tensor, block_tables: torch.Tensor
     ) -> PagedPlan:

@@ -167,7 +167,7 @@ class PagedPrefill:
     def __init__(self, module: Any, shape: Shape, is_fa3: bool, device: torch.device) -> None:
         self._plan, self._run = module.plan, module.paged_run
         self._shape = shape
-        self._is_fa3 = is_fa3
+        self.is_fa3 = is_fa3
         self._scale = 1.0 / math.sqrt(shape.key_dim)
         # FA2 is not let split the keys, and FA3 does not: nothing is written here.
         self._unused = torch.zeros(16, dtype=torch.uint8, device=device)
@@ -225,7 +225,7 @@ class PagedPrefill:
             True,  # causal
             _NO_WINDOW,
         ]
-        if not self._is_fa3:
+        if not self.is_fa3:
             arguments += [-1, True, 0]  # split size, never split, blocks of others
         info = self._plan(*arguments)
         space.copied.record()
@@ -249,7 +249,7 @@ class PagedPrefill:
         keys, values = _pages(cache, shape)
         # No prefixes, no item lists, no scales: what is None or neutral below.
         extra: tuple[float | None, ...]
-        if self._is_fa3:
+        if self.is_fa3:
             extra = (None, None, None, None, 0.0, self._scale, 1.0, 0)
         else:
             extra = (None,) * 8 + (0.0, self._scale, 1.0, 1.0, 0)
@@ -275,7 +275,7 @@ class PagedPrefill:
 
     def _work_bytes(self) -> int:
         shape = self._shape
-        if self._is_fa3:
+        if self.is_fa3:
             # Seven int32 a tile of 128 queries and head; many tiles share one schedule for all heads.
             tiles = shape.step_tokens // 128 + shape.max_rows + 1
             return 28 * max(min(tiles, 4096) * shape.heads, tiles) + _SPREAD

@@ -1,0 +1,217 @@
+"""How near to the bandwidth limit does each attention path decode, and how fast does it prefill?
+
+Run: ``python -m benchmarks.gpu_attention [--heads 32 --kv-heads 8 --dim 128] [--json FILE]``.
+Decode: one query token a row over scattered blocks; launches of a captured graph, each on a cache of its
+own until these are well beyond the L2 cache; medians of repeats; KV bytes alone. The lines on the way name
+the fastest path of each size: ``worker/backends/cuda/attention_paths.py`` is set from them.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from benchmarks.figures import Demand, Figure, as_data, table
+from kv.tensors import LayerCache
+from worker.backends.cuda.attention import CudaAttention
+from worker.backends.cuda.attention_own import Shape
+from worker.backends.cuda.attention_paths import DecodePath, DecodeRule, PrefillPath
+from worker.backends.cuda.compiler import KernelCache, cache_directory
+from worker.backends.cuda.device import architecture, operators_directory
+from worker.backends.cuda.launch import Kernels
+
+READ_CEILING_GBS = 4660.0
+MATMUL_CEILING_TFLOPS = 785.0
+BATCHES = (1, 8, 64, 256)
+CONTEXTS = (192, 1024, 8192)
+DECODE: tuple[DecodePath, ...] = ("xqa", "xqa_wide", "tensor", "vector")
+PREFILL: tuple[PrefillPath, ...] = ("fa3", "fa2", "tiled")
+PROMPTS = (7000,) * 4
+COLD_BYTES = 512 << 20
+MOST_LAUNCHES = 256
+REPEATS = 7
+
+
+class Bench:
+    """One shape in bf16. Owns a pool of KV lines that caches of layers are cut from."""
+
+    def __init__(self, heads: int, kv_heads: int, dim: int, block_tokens: int) -> None:
+        self.device = torch.device("cuda", 0)
+        torch.cuda.set_device(self.device)
+        name = architecture(0)
+        found = operators_directory(name)
+        self.kernels = Kernels(KernelCache(cache_directory(), name))
+        self.operators = found if found.is_dir() else None
+        blocks = max(CONTEXTS) // block_tokens
+        tokens = sum(PROMPTS)
+        self.shape = Shape(
+            heads, kv_heads, dim, dim, torch.bfloat16, block_tokens, max(BATCHES), blocks, tokens
+        )
+        self.width = 2 * kv_heads * dim
+        lines = max(BATCHES) * max(CONTEXTS)
+        self.lines = torch.empty((lines, self.width), dtype=torch.bfloat16, device=self.device).normal_()
+
+    def attention(self, decode: tuple[DecodeRule, ...], prefill: tuple[PrefillPath, ...]) -> CudaAttention:
+        """Return attention that takes these paths where they are available."""
+        shape = self.shape
+        return CudaAttention(
+            self.kernels,
+            self.operators,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            key_dim=shape.key_dim,
+            value_dim=shape.value_dim,
+            dtype=shape.dtype,
+            block_tokens=shape.block_tokens,
+            max_rows=shape.max_rows,
+            max_blocks=shape.max_blocks,
+            step_tokens=shape.step_tokens,
+            device=self.device,
+            decode_paths=decode,
+            prefill_paths=prefill,
+        )
+
+    def tables(self, lengths: list[int]) -> tuple[torch.Tensor, int]:
+        """Return scattered block tables of rows, and the lines they take of a layer."""
+        counts = [-(-length // self.shape.block_tokens) for length in lengths]
+        order = torch.randperm(sum(counts), dtype=torch.int64).to(torch.int32)
+        block_tables = torch.zeros((self.shape.max_rows + 1, self.shape.max_blocks), dtype=torch.int32)
+        for row, mine in enumerate(torch.split(order, counts)):
+            block_tables[row, : len(mine)] = mine
+        return block_tables.to(self.device), sum(counts) * self.shape.block_tokens
+
+    def caches(self, lines: int) -> list[LayerCache]:
+        """Return as many layers as make reads cold, of which each has so many lines."""
+        shape = self.shape
+        wanted = min(math.ceil(COLD_BYTES / (lines * self.width * 2)), MOST_LAUNCHES)
+        return [
+            LayerCache(
+                0, self.lines[i * lines : (i + 1) * lines], shape.kv_heads, shape.key_dim, shape.value_dim
+            )
+            for i in range(max(1, min(wanted, len(self.lines) // lines)))
+        ]
+
+    def decode_us(self, path: DecodePath, batch: int, context: int) -> list[float] | None:
+        """Return microseconds a launch, of each repeat, or None where the path is not available."""
+        shape = self.shape
+        attention = self.attention((DecodeRule(path), DecodeRule("vector")), ("tiled",))
+        if attention.decode_path(batch) != path:
+            return None
+        block_tables, lines = self.tables([context] * batch)
+        caches = self.caches(lines)
+        launches = max(8, len(caches))
+        rows = torch.arange(batch, dtype=torch.int32, device=self.device)
+        lengths = torch.full((batch,), context, dtype=torch.int32, device=self.device)
+        queries = torch.randn((batch, shape.heads * shape.key_dim), device=self.device).to(shape.dtype)
+        out = torch.empty_like(queries)
+        plan = attention.plan_decode(batch, rows, lengths, block_tables)
+
+        def run() -> None:
+            for i in range(launches):
+                attention.run(queries, caches[i % len(caches)], plan, out)
+
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return [us / launches for us in timed_us(graph.replay)]
+
+    def prefill_us(self, path: PrefillPath) -> list[float] | None:
+        """Return microseconds of the prompts, of each repeat, or None where the path is not available."""
+        shape = self.shape
+        attention = self.attention((DecodeRule("vector"),), (path,))
+        if attention.prefill_path != path:
+            return None
+        starts = [0, *accumulate(PROMPTS)]
+        block_tables, lines = self.tables(list(PROMPTS))
+        cache = self.caches(lines)[0]
+        size = (starts[-1], shape.heads * shape.key_dim)
+        queries = torch.randn(size, device=self.device).to(shape.dtype)
+        out = torch.empty_like(queries)
+        rows = torch.arange(len(PROMPTS), dtype=torch.int32, device=self.device)
+        lengths = torch.tensor(PROMPTS, dtype=torch.int32, device=self.device)
+        starts_device = torch.tensor(starts, dtype=torch.int32, device=self.device)
+        plan = attention.plan_mixed(starts, list(PROMPTS), rows, starts_device, lengths, block_tables)
+        return timed_us(lambda: attention.run(queries, cache, plan, out))
+
+
+def timed_us(call: Callable[[], object]) -> list[float]:
+    """Return microseconds of a call on the device, of each repeat; two calls before are not counted."""
+    times = []
+    for repeat in range(REPEATS + 2):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began.record()
+        call()
+        ended.record()
+        ended.synchronize()
+        if repeat >= 2:
+            times.append(began.elapsed_time(ended) * 1e3)
+    return times
+
+
+def measure(bench: Bench) -> list[Figure]:
+    """Return every path at every size, and for each size the fastest path."""
+    figures = []
+    shape = bench.shape
+    for batch in BATCHES:
+        for context in CONTEXTS:
+            found: dict[str, float] = {}
+            kv_bytes = batch * context * bench.width * 2
+            for path in DECODE:
+                times = bench.decode_us(path, batch, context)
+                if times is None:
+                    continue
+                us = found[path] = sorted(times)[len(times) // 2]
+                where = f"decode {path}, batch {batch}, context {context}"
+                figures += [
+                    Figure(name=where, value=us, unit="µs", samples=times),
+                    Figure(
+                        name=where,
+                        value=kv_bytes / us / 1e3,
+                        unit="GB/s",
+                        higher_is_better=True,
+                        demand=Demand(ceiling=READ_CEILING_GBS),
+                    ),
+                ]
+            print(f"batch {batch}, context {context}: {min(found, key=found.__getitem__)}", flush=True)
+    operations = 2 * shape.heads * (shape.key_dim + shape.value_dim) * sum(n * (n + 1) / 2 for n in PROMPTS)
+    for prefill in PREFILL:
+        times = bench.prefill_us(prefill)
+        if times is not None:
+            us = sorted(times)[len(times) // 2]
+            figures.append(
+                Figure(
+                    name=f"prefill {prefill}, {len(PROMPTS)} x {PROMPTS[0]}",
+                    value=operations / us / 1e6,
+                    unit="TFLOP/s",
+                    higher_is_better=True,
+                    samples=times,
+                    demand=Demand(ceiling=MATMUL_CEILING_TFLOPS),
+                )
+            )
+    return figures
+
+
+def main() -> None:
+    """Measure, print, and write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--block-tokens", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    figures = measure(Bench(arguments.heads, arguments.kv_heads, arguments.dim, arguments.block_tokens))
+    print(table(figures))
+    if arguments.json is not None:
+        facts = {name: str(value) for name, value in vars(arguments).items() if name != "json"}
+        facts |= {"device": torch.cuda.get_device_name(0), "torch": torch.__version__}
+        arguments.json.write_bytes(as_data(figures, facts))
+
+
+if __name__ == "__main__":
+    main()
