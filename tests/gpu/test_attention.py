@@ -1,6 +1,7 @@
 """Every attention path against float64, over scattered blocks, with NaN wherever nothing may be read."""
 
 import math
+import os
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -78,7 +79,7 @@ DECODE_LENGTHS = [
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Kernels, and the directory of operators or None."""
+    """Kernels, and the directory of operators or None: ``TEST_OPERATORS``, or the user's own."""
     pytest.importorskip("cuda.bindings")
     from worker.backends.cuda.compiler import KernelCache
     from worker.backends.cuda.device import architecture, operators_directory
@@ -86,7 +87,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     torch.cuda.set_device(0)
     torch.zeros(1, device="cuda")
-    found = operators_directory(architecture(0))
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem" / "kernels"
+    found = Path(os.environ.get("TEST_OPERATORS") or operators_directory(cached, architecture(0)))
     cache = KernelCache(tmp_path_factory.mktemp("kernels"), architecture(0))
     return Kernels(cache), found if found.is_dir() else None
 
