@@ -7,9 +7,11 @@ that needs them, so that the small ones answer at once.
 """
 
 import io
+import json
 import math
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 import msgspec
 
-from protocol.errors import ErrorInfo, TandemError, UnknownModelError
+from protocol.errors import ErrorInfo, TandemError, UnknownModelError, UnsupportedModelError
 from protocol.runtime_dir import running_instances, runtime_root
 
 if TYPE_CHECKING:
@@ -118,7 +120,9 @@ def _layout_options(function: F) -> F:
             click.option(
                 "--context", type=click.IntRange(1), help="Tokens a request may hold [what fits]."
             ),
-            click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="[float32]"),
+            click.option(
+                "--dtype", type=click.Choice(["float32", "bfloat16"]), help="[float32; bfloat16 on a GPU]"
+            ),
             click.option("--memory", type=_Gib(), help="What one device may use, over all its ranks."),
             click.option(
                 "--boot-report",
@@ -142,7 +146,13 @@ def _config(directory: Path, model: str, options: dict[str, Any]) -> "ServeConfi
     shown = directory.resolve().name if Path(model).is_dir() else model
     asked.setdefault("served_model_name", shown)
     asked.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", shown).strip("-._")[:64] or "model")
-    return ServeConfig(model=directory, runtime_root=_root(), environment=dict(os.environ), **asked)
+    return ServeConfig.for_devices(
+        model=directory,
+        runtime_root=_root(),
+        environment=dict(os.environ),
+        kernel_cache=_cache() / "kernels",
+        **asked,
+    )
 
 
 def _serve_command(model: str, name: str, options: dict[str, Any]) -> list[str]:
@@ -184,8 +194,10 @@ def _devices(_ctx: click.Context, _option: click.Parameter, value: str | None) -
 @click.option("--name", help="What this server is found by [the model's name].")
 @click.option("--served-model-name", help="What clients are told they talk to [the model's name].")
 @_layout_options
-@click.option("--max-rows", type=click.IntRange(1), help="Requests that run at a time [64].")
-@click.option("--step-tokens", type=click.IntRange(1), help="Tokens of the largest step [512].")
+@click.option("--max-rows", type=click.IntRange(1), help="Requests that run at a time [64; 256 on a GPU].")
+@click.option(
+    "--step-tokens", type=click.IntRange(1), help="Tokens of the largest step [512; 8192 on a GPU]."
+)
 @click.option("--devices", callback=_devices, help="Where ranks run, with commas between them [cpu].")
 @click.option("--max-restarts", type=click.IntRange(0), help="Faults in a row before it gives up [0].")
 @click.option("--while-stdin", is_flag=True, hidden=True, help="Stop when standard input is closed.")
@@ -223,6 +235,27 @@ def pull(name: str, as_json: bool) -> None:
         click.echo(path)
 
 
+@main.command()
+@_json_option
+def warm(as_json: bool) -> None:
+    """Build the kernels of this machine's GPUs, once.
+
+    A server's start then compiles nothing.
+    """
+    command = [sys.executable, "-P", "-m", "worker.warm", "--cache", str(_cache() / "kernels")]
+    built = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            built.append(json.loads(line))
+            if not as_json:
+                click.echo(f"{built[-1]['name']}: {'built' if built[-1]['built'] else 'there already'}")
+    if process.returncode:
+        raise UnsupportedModelError("no kernels were built: see above", field="devices")
+    if as_json:
+        _print_json({"kernels": built})
+
+
 def _pull(name: str) -> Path:
     from loader import hub
 
@@ -257,9 +290,9 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     Nothing is started or loaded. The model must be here already.
     """
     from loader import hub
-    from models.memory import CPU_OVERHEADS, plan_memory
+    from models.memory import plan_memory
     from models.registry import load_spec
-    from orchestrator.budget import rank_budgets
+    from orchestrator.budget import overheads, rank_budgets
 
     directory = hub.resolve(model, _cache())
     if directory is None:
@@ -268,9 +301,9 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     planned = plan_memory(
         load_spec(directory, config.dtype),
         config.topology,
-        rank_budgets(config.devices, config.topology.world_size, config.memory_bytes),
+        rank_budgets(config.devices, config.topology.world_size, config.memory_bytes, config.environment),
         config.limits,
-        CPU_OVERHEADS,
+        overheads(config.devices),
         config.context,
     )
     if as_json:

@@ -62,7 +62,7 @@ def _play(sockets: "list[zmq.Socket[bytes]]", epoch: int, vocabulary: int) -> No
             match decode(socket.recv()):
                 case Boot() as boot:
                     sampling_rank = boot.topology.sampling_rank
-                    socket.send(encode(Ready(epoch, boot.rank, [], [], 0.0, STEP_S)))
+                    socket.send(encode(Ready(epoch, boot.rank, [], [], 0.0, STEP_S, boot.num_blocks)))
                 case StepPlan() as plan if socket is sockets[sampling_rank]:
                     sampled = [
                         [tokens[(plan.step * 31 + advance.slot) % len(tokens)]]

@@ -1,20 +1,48 @@
 """The device buffers behind the block ids: one page of every local layer per block.
 
 A layer's pages lie one after another, so that neighbouring blocks are one run of tokens and are
-read as a view. A token's line in a layer is its keys of all local heads, then its values. On a CPU
-the memory is a memfd, which can outlive the process that filled it.
+read as a view. A token's line in a layer is its keys of all local heads, then its values. Whose
+memory it is, a memfd's or a GPU's, is a ``Region``'s business.
 """
 
 import mmap
 import os
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from models.layout import ALIGNMENT
 from models.parameter import DTYPE_BYTES
-from models.spec import KVGroup, ModelSpec
+from models.spec import ModelSpec
 from protocol.errors import MemoryBudgetError
+
+
+class Region(Protocol):
+    """A run of bytes that tensors are views of."""
+
+    def view(self, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
+        """Return ``count`` elements from byte ``offset`` on, flat."""
+
+
+class HostRegion:
+    """Memory of a descriptor, which can outlive the process that filled it."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+
+    @classmethod
+    def anonymous(cls, name: str, size: int) -> "HostRegion":
+        """Return a memfd of its own, zeros; its pages are taken as they are touched."""
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, max(size, mmap.PAGESIZE))
+            return cls(mmap.mmap(fd, max(size, mmap.PAGESIZE)))
+        finally:
+            os.close(fd)  # The mapping keeps it.
+
+    def view(self, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
+        """See ``Region.view``."""
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,51 +67,74 @@ class LayerCache:
         )
 
 
-class KVTensors:
-    """Owner of one rank's KV memory: a reserved range, touched only where blocks are written."""
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Where each layer's lines begin in one rank's KV memory."""
 
-    def __init__(
-        self,
+    num_blocks: int
+    block_tokens: int
+    size_bytes: int
+    """Of the whole range, what lies between layers among it."""
+    used_bytes: int
+    """What blocks can be written to."""
+    offsets: dict[int, int]
+    """First byte, by decoder layer."""
+    layer_bytes: dict[int, int]
+
+    @classmethod
+    def of(
+        cls,
         model: ModelSpec,
         layers: range,
         tp: int,
         num_blocks: int,
         block_tokens: int,
         kv_bytes: int,
-    ) -> None:
-        """Reserve ``num_blocks`` blocks for ``layers``; ``kv_bytes`` is what the plan granted."""
-        needed = num_blocks * block_tokens * sum(g.bytes_per_token(tp, layers) for g in model.kv_groups)
-        if needed > kv_bytes:
+        granule: int = 1,
+    ) -> "KVLayout":
+        """Lay ``num_blocks`` blocks of ``layers`` out, each layer from a multiple of ``granule`` bytes on.
+
+        ``kv_bytes`` is what the plan granted. Errors: ``MemoryBudgetError``.
+        """
+        tokens = num_blocks * block_tokens
+        layer_bytes = {
+            layer: tokens * group.bytes_per_token(tp, range(layer, layer + 1))
+            for group in model.kv_groups
+            for layer in group.layers
+            if layer in layers
+        }
+        used = sum(layer_bytes.values())
+        if used > kv_bytes:
             raise MemoryBudgetError(
-                f"{num_blocks} KV blocks of {block_tokens} tokens take {needed} bytes for layers "
+                f"{num_blocks} KV blocks of {block_tokens} tokens take {used} bytes for layers "
                 f"{layers.start} to {layers.stop - 1}, the plan grants {kv_bytes}: plan and worker "
                 "are not of the same version",
                 field="memory",
             )
-        self.num_blocks = num_blocks
-        self.block_tokens = block_tokens
-        self.size_bytes = needed
-        self.fd = os.memfd_create("tandem-kv", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, max(needed, ALIGNMENT))
-        self._memory = mmap.mmap(self.fd, max(needed, ALIGNMENT))
+        offsets, end = {}, 0
+        for layer, size in layer_bytes.items():
+            offsets[layer] = end
+            end += -(-size // granule) * granule
+        return cls(num_blocks, block_tokens, end, used, offsets, layer_bytes)
+
+
+class KVTensors:
+    """One rank's KV memory as tensors, by decoder layer."""
+
+    def __init__(self, model: ModelSpec, tp: int, layout: KVLayout, region: Region) -> None:
         self._layers: dict[int, LayerCache] = {}
-        offset = 0
         for index, group in enumerate(model.kv_groups):
+            heads = group.local_heads(tp)
+            width = heads * (group.key_dim + group.value_dim)
             for layer in group.layers:
-                if layer in layers:
-                    cache = self._cut(index, group, tp, offset)
-                    self._layers[layer] = cache
-                    offset += cache.lines.nbytes
-        assert offset == needed, (offset, needed)
+                if layer not in layout.offsets:
+                    continue
+                count = layout.layer_bytes[layer] // DTYPE_BYTES[group.dtype]
+                flat = region.view(getattr(torch, group.dtype), count, layout.offsets[layer])
+                self._layers[layer] = LayerCache(
+                    index, flat.view(-1, width), heads, group.key_dim, group.value_dim
+                )
 
     def __getitem__(self, layer: int) -> LayerCache:
         """Return the cache of a decoder layer of this stage."""
         return self._layers[layer]
-
-    def _cut(self, index: int, group: KVGroup, tp: int, offset: int) -> LayerCache:
-        heads = group.local_heads(tp)
-        width = heads * (group.key_dim + group.value_dim)
-        count = self.num_blocks * self.block_tokens * width
-        assert offset % DTYPE_BYTES[group.dtype] == 0, (group, offset)
-        flat = torch.frombuffer(self._memory, dtype=getattr(torch, group.dtype), count=count, offset=offset)
-        return LayerCache(index, flat.view(-1, width), heads, group.key_dim, group.value_dim)

@@ -31,6 +31,11 @@ CPU_OVERHEADS = DeviceOverheads(
 )
 
 
+CUDA_OVERHEADS = DeviceOverheads(
+    runtime=760 * MIB, communicator_base=0, communicator_per_peer=32 * MIB, workspace=320 * MIB
+)
+
+
 class MemoryLine(msgspec.Struct, frozen=True):
     """One thing that takes memory on a rank."""
 
@@ -75,6 +80,11 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     """What one request may hold: the model's most, what was asked, or what fits."""
     note: str | None
     """Said to the user where the context had to be fitted."""
+
+    def with_blocks(self, num_blocks: int) -> "MemoryPlan":
+        """Return the plan with the blocks that the ranks found room for."""
+        tokens = num_blocks * self.kv_tokens // max(self.num_blocks, 1)
+        return msgspec.structs.replace(self, num_blocks=num_blocks, kv_tokens=tokens)
 
     @property
     def tightest(self) -> RankPlan:

@@ -3,36 +3,79 @@
 Control groups: https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
-from protocol.errors import InvalidRequestError, MemoryBudgetError, StorageError, UnsupportedModelError
+from models.memory import CPU_OVERHEADS, CUDA_OVERHEADS, DeviceOverheads
+from orchestrator.gpus import free_bytes, ordinal_of
+from protocol.errors import InvalidRequestError, MemoryBudgetError, StorageError
 
 GIB = 1 << 30
 DEFAULT_CAP_BYTES = 4 * GIB
+GPU_MARGIN_BYTES = 192 << 20
+"""What a GPU's default leaves alone: the driver's own needs grow a little with time."""
+DeviceKind = Literal["cpu", "cuda"]
 DEFAULT_SHARE = 4
 """A CPU's default is the lesser of the cap and this part of what is left."""
 
 
-def rank_budgets(devices: tuple[str, ...], world_size: int, memory_bytes: int | None) -> list[int]:
+def rank_budgets(
+    devices: tuple[str, ...], world_size: int, memory_bytes: int | None, environment: Mapping[str, str]
+) -> list[int]:
     """Return each rank's budget in bytes; ranks of one device get equal parts of its budget.
 
-    Errors: ``UnsupportedModelError`` for a device that has no backend; ``InvalidRequestError`` where
-    ``memory_bytes`` leaves a rank nothing; ``StorageError`` where the machine does not say what it has.
+    ``environment``: the user's, which may hide GPUs.
+
+    Errors: ``UnsupportedModelError`` where GPUs cannot be used here; ``InvalidRequestError`` for a device
+    that is none, or where ``memory_bytes`` leaves a rank nothing; ``MemoryBudgetError`` for more than a
+    GPU has left; ``StorageError`` where the machine does not say what it has.
     """
     placed = place_ranks(devices, world_size)
-    unknown = sorted({device for device in placed if device != "cpu"})
-    if unknown:
-        raise UnsupportedModelError(
-            f"device {', '.join(unknown)} has no backend here: ask for --devices cpu", field="devices"
-        )
-    budget = memory_bytes if memory_bytes is not None else default_cpu_bytes()
-    shares = [budget // placed.count(device) for device in placed]
+    if device_kind(devices) == "cpu":
+        budgets = {"cpu": memory_bytes if memory_bytes is not None else default_cpu_bytes()}
+    else:
+        budgets = {device: _gpu_budget(device, memory_bytes, environment) for device in sorted(set(placed))}
+    shares = [budgets[device] // placed.count(device) for device in placed]
     if min(shares) < 1:
         raise InvalidRequestError(
-            f"a device memory of {budget} bytes leaves its ranks nothing: give --memory in GiB",
+            f"a device memory of {min(budgets.values())} bytes leaves its ranks nothing: give --memory in "
+            "GiB",
             field="memory",
         )
     return shares
+
+
+def device_kind(devices: tuple[str, ...]) -> DeviceKind:
+    """Return what all ranks run on. Errors: ``InvalidRequestError`` for a mixture, or what is no device."""
+    kinds = {"cpu" if device == "cpu" else "cuda" for device in devices}
+    for device in devices:
+        if device != "cpu":
+            ordinal_of(device)
+    if kinds == {"cpu", "cuda"}:
+        raise InvalidRequestError(
+            f"{', '.join(devices)}: ranks of one instance run on GPUs or on the CPU, not on both",
+            field="devices",
+        )
+    return "cuda" if kinds == {"cuda"} else "cpu"
+
+
+def overheads(devices: tuple[str, ...]) -> DeviceOverheads:
+    """Return what such devices take beside the model."""
+    return CPU_OVERHEADS if device_kind(devices) == "cpu" else CUDA_OVERHEADS
+
+
+def _gpu_budget(device: str, asked: int | None, environment: Mapping[str, str]) -> int:
+    left = free_bytes(device, environment)
+    if asked is None:
+        return left - GPU_MARGIN_BYTES
+    if asked > left:
+        raise MemoryBudgetError(
+            f"{asked / GIB:.2f} GiB were asked, {device} has {left / GIB:.2f} left: give a smaller "
+            "--memory, or end what takes it",
+            field="memory",
+        )
+    return asked
 
 
 def check_left(memory_bytes: int | None) -> None:

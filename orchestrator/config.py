@@ -1,6 +1,7 @@
 """What an instance is asked to be. Frozen; the one place where a default of ``serve`` stands."""
 
 from pathlib import Path
+from typing import Any, Final, Self
 
 import msgspec
 
@@ -27,6 +28,16 @@ class Deadlines(msgspec.Struct, frozen=True):
     """Between SIGTERM and SIGKILL."""
     collective_s: float = 1800.0
     """What torch.distributed waits for a peer; a rank that hangs is found out long before."""
+
+
+GPU_DEFAULTS: Final[dict[str, Any]] = {
+    "dtype": "bfloat16",
+    "max_rows": 256,
+    "step_tokens": 8192,
+    "logit_rows": 256,
+    "block_tokens": 64,
+}
+"""Where ``ServeConfig``'s own defaults, which are a CPU's, would waste a GPU."""
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,9 +69,22 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks are dealt over them in contiguous runs."""
     memory_bytes: int | None = None
     """What one device may use, over all its ranks; None: see ``orchestrator.budget``."""
+    kernel_cache: Path | None = None
+    """Where kernels that were compiled for this machine's GPUs are kept; a GPU needs one."""
     max_restarts: int = 0
     boot_report: Path | None = None
     deadlines: Deadlines = Deadlines()
+
+    @classmethod
+    def for_devices(cls, *, devices: tuple[str, ...] = ("cpu",), **asked: Any) -> Self:
+        """Return what is asked, and for the rest what suits the devices.
+
+        Errors: ``InvalidRequestError`` for what is no device.
+        """
+        from orchestrator.budget import device_kind
+
+        suits = GPU_DEFAULTS if device_kind(devices) == "cuda" else {}
+        return cls(devices=devices, **{**suits, **asked})
 
     @property
     def topology(self) -> Topology:

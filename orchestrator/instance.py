@@ -13,15 +13,22 @@ import msgspec
 from kv.manager import KVManager
 from loader.index import check_against, read_index
 from models.layout import arena
-from models.memory import CPU_OVERHEADS, MemoryPlan, plan_memory
+from models.memory import MemoryPlan, plan_memory
 from models.registry import load_spec
 from models.spec import ModelSpec
 from orchestrator.boot_report import BootReport, check_report_path, size
-from orchestrator.budget import check_left, place_ranks, rank_budgets, threads_per_rank
+from orchestrator.budget import (
+    check_left,
+    device_kind,
+    overheads,
+    place_ranks,
+    rank_budgets,
+    threads_per_rank,
+)
 from orchestrator.config import ServeConfig
 from orchestrator.scheduler import Scheduler, SchedulerConfig
 from protocol.client import Info
-from protocol.control import Boot
+from protocol.control import Boot, Ready
 from protocol.errors import InvalidRequestError, StorageError
 from protocol.runtime_dir import InstanceDirectory, InstanceFacts, InstanceState
 from protocol.topology import Topology
@@ -59,9 +66,11 @@ class Blueprint(msgspec.Struct, frozen=True):
         check_against(model, read_index(config.model))
         topology = config.topology
         ranks = topology.world_size
-        budgets = rank_budgets(config.devices, ranks, config.memory_bytes)
-        check_left(config.memory_bytes)
-        plan = plan_memory(model, topology, budgets, config.limits, CPU_OVERHEADS, config.context)
+        budgets = rank_budgets(config.devices, ranks, config.memory_bytes, config.environment)
+        if device_kind(config.devices) == "cpu":
+            check_left(config.memory_bytes)
+        charged = overheads(config.devices)
+        plan = plan_memory(model, topology, budgets, config.limits, charged, config.context)
         return cls(
             config=config,
             model=model,
@@ -103,6 +112,9 @@ class Blueprint(msgspec.Struct, frozen=True):
                 kv_bytes=rank.block_bytes * self.plan.num_blocks,
                 block_tokens=config.block_tokens,
                 num_blocks=self.plan.num_blocks,
+                budget_bytes=rank.budget_bytes,
+                device_ranks=self.devices.count(self.devices[rank.rank]),
+                kernel_cache=str(config.kernel_cache or ""),
                 max_rows=config.max_rows,
                 step_tokens=config.step_tokens,
                 logit_rows=config.logit_rows,
@@ -113,6 +125,11 @@ class Blueprint(msgspec.Struct, frozen=True):
             )
             for rank in self.plan.ranks
         ]
+
+    def settled(self, ready: Sequence[Ready]) -> Self:
+        """Return the blueprint with as many blocks as every rank has."""
+        num_blocks = min(rank.num_blocks for rank in ready)
+        return msgspec.structs.replace(self, plan=self.plan.with_blocks(num_blocks))
 
     def scheduler(self, epoch: int) -> Scheduler:
         """Return a scheduler with an empty pool."""

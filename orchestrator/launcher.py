@@ -12,7 +12,10 @@ from typing import Protocol
 from protocol.errors import InstanceFailedError
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "worker")
-KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "PYTHONWARNINGS", "VIRTUAL_ENV")
+KEPT_VARIABLES = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "PYTHONWARNINGS", "VIRTUAL_ENV"),
+    *("XDG_CACHE_HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NCCL_NVLS_ENABLE"),
+)
 """What a rank may see of its user's environment."""
 
 
@@ -35,7 +38,11 @@ def rank_environment(environment: Mapping[str, str], threads: int) -> dict[str, 
     # A thread that waits at a barrier gives its core away after a moment: to spin for as long as OpenMP
     # does by itself makes every step twice as long where other work wants the cores, and not to spin at all
     # costs an eighth on a quiet machine (docs/decisions.md).
-    return kept | {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "20000"}
+    return kept | {
+        "OMP_NUM_THREADS": str(threads),
+        "GOMP_SPINCOUNT": "20000",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }
 
 
 class RankProcess(Protocol):

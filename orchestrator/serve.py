@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from orchestrator.boot_report import Spans, make_report, process_start_s, write_report
+from orchestrator.budget import device_kind
 from orchestrator.config import ServeConfig
 from orchestrator.display import Display
 from orchestrator.engine import Engine
@@ -126,7 +127,8 @@ class _Server:
     async def _run(self, stack: AsyncExitStack) -> int:
         with self._spans.span("plan"):
             blueprint = Blueprint.of(self._config)
-            arena_fds = make_arenas(blueprint.arena_bytes, stack)
+            arenas = await stack.enter_async_context(AsyncExitStack())
+            arena_fds = make_arenas(blueprint.arena_bytes, arenas)
         self._home.planned_bytes = blueprint.planned_bytes
         self._home.say("starting")
         with self._spans.span("launch"):
@@ -135,7 +137,10 @@ class _Server:
         self._display.boot_begins(blueprint.title, blueprint.topology.world_size)
         gateway_stack = await stack.enter_async_context(AsyncExitStack())
         try:
-            await self._serve(await self._boot(blueprint, ranks, gateway_stack))
+            engine = await self._boot(blueprint, ranks, gateway_stack)
+            if device_kind(self._config.devices) != "cpu":
+                await arenas.aclose()  # The weights have gone on to the devices.
+            await self._serve(engine)
         except BaseException as error:
             # Everyone is told before the ranks are ended: that can take seconds.
             self._give_up(error)
@@ -170,6 +175,7 @@ class _Server:
         texts = asyncio.get_running_loop().create_task(self._start_text(stack))
         try:
             ready = await ranks.boot()
+            blueprint = blueprint.settled(ready)
             text = await texts
         except BaseException:
             texts.cancel()

@@ -135,6 +135,13 @@ class Boot(msgspec.Struct, frozen=True, array_like=True, tag="boot"):
     kv_bytes: int
     block_tokens: int
     num_blocks: int
+    """What the plan grants; a rank that finds more room says so in Ready."""
+    budget_bytes: int
+    """What this rank may take of its device."""
+    device_ranks: int
+    """Ranks on this rank's device, itself among them."""
+    kernel_cache: str
+    """Where compiled kernels are kept (GPU)."""
     max_rows: int
     step_tokens: int
     logit_rows: int
@@ -185,6 +192,8 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     step_seconds_per_token: float
     """From the warm-up at the largest step: what the step deadline is predicted from."""
     step_seconds_fixed: float
+    num_blocks: int
+    """KV blocks that this rank has room for."""
 
 
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):

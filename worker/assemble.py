@@ -3,9 +3,10 @@
 import mmap
 from dataclasses import dataclass
 
-from kv.tensors import KVTensors
+from kv.tensors import HostRegion, KVLayout, KVTensors
 from models.layout import Arena
 from models.spec import ModelSpec
+from protocol.control import Boot
 from worker.backends.cpu import CpuBackend
 from worker.batch import BatchLimits
 from worker.comm import Communicator
@@ -27,6 +28,31 @@ class RankLimits:
     block_tokens: int
     kv_bytes: int
 
+    @classmethod
+    def of(cls, boot: Boot) -> "RankLimits":
+        """Return what a rank was told."""
+        return cls(
+            boot.max_rows,
+            boot.step_tokens,
+            boot.logit_rows,
+            boot.context,
+            boot.num_blocks,
+            boot.block_tokens,
+            boot.kv_bytes,
+        )
+
+    def batch(self, spec: ModelSpec) -> BatchLimits:
+        """Return what a plan may ask."""
+        return BatchLimits(
+            self.max_rows,
+            self.step_tokens,
+            self.context,
+            spec.vocab_size,
+            len(spec.kv_groups),
+            self.num_blocks,
+            self.block_tokens,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
@@ -47,9 +73,10 @@ def assemble(
     """Return the runner of ``comm.rank``; ``memory`` is its arena, which may still be filling."""
     topology, rank = comm.topology, comm.rank
     layers = stages[topology.stage(rank)]
-    cache = KVTensors(spec, layers, topology.tp, limits.num_blocks, limits.block_tokens, limits.kv_bytes)
+    layout = KVLayout.of(spec, layers, topology.tp, limits.num_blocks, limits.block_tokens, limits.kv_bytes)
+    cache = KVTensors(spec, topology.tp, layout, HostRegion.anonymous("tandem-kv", layout.size_bytes))
     backend = CpuBackend()
-    weights = Weights(held, topology.tp, topology.tp_rank(rank), memory)
+    weights = Weights(held, topology.tp, topology.tp_rank(rank), HostRegion(memory))
     model = build(
         Parts(weights, cache, backend, comm),
         spec,
@@ -58,17 +85,8 @@ def assemble(
         is_first=topology.is_first(rank),
         is_last=topology.is_last(rank),
     )
-    batch_limits = BatchLimits(
-        limits.max_rows,
-        limits.step_tokens,
-        limits.context,
-        spec.vocab_size,
-        len(spec.kv_groups),
-        limits.num_blocks,
-        limits.block_tokens,
-    )
     widths = tuple(
         group.local_heads(topology.tp) * (group.key_dim + group.value_dim) for group in spec.kv_groups
     )
-    runner = Runner(spec, model, backend, comm, batch_limits, limits.logit_rows, widths)
-    return Assembled(runner, cache.size_bytes)
+    runner = Runner(spec, model, backend, comm, limits.batch(spec), limits.logit_rows, widths)
+    return Assembled(runner, layout.used_bytes)

@@ -1,7 +1,7 @@
 """From a ``Boot`` message to a rank that can take steps.
 
 The reader threads start before torch is imported; torch, the communicator and the layers come up
-beside them. This module and what it imports at the top must therefore stay free of torch.
+beside them, as the device has it. This module and what it imports at the top must stay free of torch.
 """
 
 import mmap
@@ -22,11 +22,10 @@ from models.registry import load_spec
 from models.spec import ModelSpec
 from protocol.control import Boot, FromWorker, Progress, Ready, Span
 from protocol.errors import LayoutError, MemoryBudgetError, UnsupportedModelError
-from worker.memory import MemoryMeter, own_bytes
+from worker.steps import StepRunner
 
 if TYPE_CHECKING:
     from worker.comm import Communicator
-    from worker.runner import Runner
 
 PROGRESS_INTERVAL_S = 0.25
 
@@ -37,9 +36,24 @@ Send = Callable[[FromWorker], None]
 class Booted:
     """A rank that can take steps, and the message that says so."""
 
-    runner: "Runner"
+    runner: StepRunner
     comm: "Communicator"
     ready: Ready
+
+
+@dataclass(frozen=True, slots=True)
+class BootWork:
+    """What is there before a device comes in: the rest of the boot is its backend's."""
+
+    boot: Boot
+    spec: ModelSpec
+    held: Arena
+    stages: tuple[range, ...]
+    memory: mmap.mmap
+    """Where this rank's weights are being read to, in the arena's layout."""
+    spans: "Spans"
+    wait_loaded: Callable[[], None]
+    """Returns when they are all there."""
 
 
 class Spans:
@@ -104,46 +118,32 @@ def boot_rank(boot: Boot, send: Send) -> Booted:
 
     Errors: any ``TandemError`` of the model, its bytes or its layout; what torch and sockets raise.
     """
-    if boot.device != "cpu":
+    if boot.device != "cpu" and not boot.device.startswith("cuda:"):
         raise UnsupportedModelError(
-            f"device {boot.device!r} has no backend here: ask for --devices cpu", field="devices"
+            f"device {boot.device!r} has no backend here: ask for --devices cpu or cuda:0", field="devices"
         )
-    spans, meter = Spans(boot.rank), MemoryMeter()
+    spans = Spans(boot.rank)
     with spans.span("plan"):
         spec = load_spec(Path(boot.model_directory), boot.dtype)
         checkpoint = read_index(Path(boot.model_directory))
         check_against(spec, checkpoint)
         stages = tuple(range(first, end) for first, end in boot.stages)
+        if len(stages) != boot.topology.pp:
+            raise LayoutError(
+                f"{len(stages)} stages were sent for a pipeline of {boot.topology.pp}", field="pp"
+            )
         plan = plan_load(spec, checkpoint, boot.topology, stages)
         held = arena(spec, boot.topology, stages, boot.rank)
         memories = {rank: _map(boot, rank, plan.arena_bytes[rank]) for rank in range(len(boot.arena_fds))}
     reading = Load(boot, plan, {rank: memoryview(memory) for rank, memory in memories.items()}, send)
-    with spans.span("import torch"):
-        import torch
+    work = BootWork(boot, spec, held, stages, memories[boot.rank], spans, lambda: reading.join(spans))
+    if boot.device == "cpu":
+        from worker.boot_cpu import boot_on_cpu
 
-        from worker.comm import GlooCommunicator
+        return boot_on_cpu(work)
+    from worker.backends.cuda.boot import boot_on_cuda
 
-    torch.set_num_threads(boot.threads)
-    torch.set_num_interop_threads(1)
-    meter.add("runtime", own_bytes())
-    with spans.span("connect"):
-        comm = meter.growth(
-            "communicator",
-            lambda: GlooCommunicator.connect(
-                boot.topology, boot.rank, boot.rendezvous, boot.collective_timeout_s
-            ),
-        )
-    with spans.span("build"):
-        runner = _build(boot, spec, held, memories[boot.rank], stages, comm, meter)
-    reading.join(spans)
-    with spans.span("wait for peers"):
-        comm.barrier()
-    with spans.span("warm-up"):
-        from worker.warmup import WarmUp
-
-        times = WarmUp(runner, comm, spec, meter).run()
-    ready = Ready(boot.epoch, boot.rank, spans.found, meter.lines(), times.per_token_s, times.fixed_s)
-    return Booted(runner, comm, ready)
+    return boot_on_cuda(work)
 
 
 def _map(boot: Boot, rank: int, needed: int) -> mmap.mmap:
@@ -156,33 +156,3 @@ def _map(boot: Boot, rank: int, needed: int) -> mmap.mmap:
             field="memory",
         )
     return mmap.mmap(fd, size)
-
-
-def _build(
-    boot: Boot,
-    spec: ModelSpec,
-    held: Arena,
-    memory: mmap.mmap,
-    stages: tuple[range, ...],
-    comm: "Communicator",
-    meter: MemoryMeter,
-) -> "Runner":
-    from worker.assemble import RankLimits, assemble
-
-    if len(stages) != boot.topology.pp:
-        raise LayoutError(
-            f"{len(stages)} stages were sent for a pipeline of {boot.topology.pp}", field="pp"
-        )
-    limits = RankLimits(
-        boot.max_rows,
-        boot.step_tokens,
-        boot.logit_rows,
-        boot.context,
-        boot.num_blocks,
-        boot.block_tokens,
-        boot.kv_bytes,
-    )
-    assembled = assemble(spec, held, memory, stages, comm, limits)
-    meter.add("weights", held.size)
-    meter.add("kv cache", assembled.kv_bytes)
-    return assembled.runner

@@ -4,6 +4,7 @@ A rank that catches an error and cannot answer for its step says so (``Fault``) 
 logs and goes on. Waits block in poll, on the socket and on the parent's end.
 """
 
+import os
 import threading
 import time
 import traceback
@@ -18,6 +19,7 @@ from protocol.control import (
     FromWorker,
     Hello,
     StepPlan,
+    StepResult,
     Stop,
     ToWorker,
     from_worker_codec,
@@ -52,6 +54,9 @@ class Link:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(parent.fd, zmq.POLLIN)
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._error: Exception | None = None
         self._parent = parent
         self._lock = threading.Lock()
         self._encoder, self._decoder = from_worker_codec(), to_worker_codec()
@@ -62,20 +67,34 @@ class Link:
             self._socket.send(self._encoder.encode(message))
 
     def receive(self, timeout_s: float | None = None) -> ToWorker:
-        """Wait for a message. Errors: ``ParentDiedError``, ``TimeoutError``, those of a codec."""
+        """Wait for a message.
+
+        Errors: ``ParentDiedError``, ``TimeoutError``, those of a codec; what ``answer`` was given.
+        """
         ready = dict(self._poller.poll(None if timeout_s is None else int(timeout_s * 1000)))
         if self._parent.fd in ready:
             raise ParentDiedError
+        if self._error is not None:
+            raise self._error
         if not ready:
             raise TimeoutError(f"no message in {timeout_s:g} s")
         with self._lock:
             return self._decoder.decode(self._socket.recv())
+
+    def answer(self, found: StepResult | Exception) -> None:
+        """Send a step's result; an error is raised by the loop's ``receive`` instead."""
+        if isinstance(found, Exception):
+            self._error = found
+            os.eventfd_write(self._wake_fd, 1)
+        else:
+            self.send(found)
 
     def close(self) -> None:
         """Close, after what was sent has gone out or ``LINGER`` has passed."""
         with self._lock:
             self._socket.close()
         self._context.term()
+        os.close(self._wake_fd)
 
 
 def run(link: Link, rank: int, epoch: int, pid: int) -> int:
@@ -87,6 +106,7 @@ def run(link: Link, rank: int, epoch: int, pid: int) -> int:
         link.send(booted.ready)
         kind = FaultKind.STEP
         _serve(link, booted, epoch)
+        booted.runner.close()
         booted.comm.close()
     except ParentDiedError:
         return 1
@@ -119,9 +139,7 @@ def _serve(link: Link, booted: Booted, epoch: int) -> None:
             continue
         match message:
             case StepPlan():
-                result = booted.runner.step(message)
-                if result is not None:
-                    link.send(result)
+                booted.runner.step(message, link.answer)
             case Stop():
                 return
             case Boot():

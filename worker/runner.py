@@ -1,4 +1,4 @@
-"""Executes plans on one rank, whatever its stage.
+"""Executes plans on one rank of a CPU, whatever its stage.
 
 First stage: embeds. Any stage: receives hidden states, runs its layers, sends them on. Last stage:
 logits for the rows that want them, at most ``logit_rows`` at a time; samples; sends the tokens to
@@ -10,16 +10,18 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TypeVar
 
+import msgspec
 import torch
 
 from models.spec import ModelSpec
 from protocol.control import PromptLogprobs, StepPlan, StepResult, TokenLogprobs
-from worker.backends.base import Backend
+from worker.backends.cpu import CpuBackend
 from worker.batch import Batch, BatchLimits, Row, Scheduled
 from worker.comm import Communicator
 from worker.context import StepContext
 from worker.models.base import StageModel
 from worker.sampler import RowSampling, Sampler
+from worker.steps import Answer
 
 T = TypeVar("T")
 
@@ -31,7 +33,7 @@ class Runner:
         self,
         spec: ModelSpec,
         model: StageModel,
-        backend: Backend,
+        backend: CpuBackend,
         comm: Communicator,
         limits: BatchLimits,
         logit_rows: int,
@@ -65,8 +67,8 @@ class Runner:
             self._sampling[row.slot] = RowSampling.from_new_row(row.new_row)
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> StepResult | None:
-        """Run one step; the sampling rank returns its result, the others None.
+    def step(self, plan: StepPlan, answer: Answer) -> None:
+        """See ``StepRunner.step``; here it is done on return.
 
         Errors: ``ProtocolError`` for a plan that cannot be right.
         """
@@ -82,16 +84,11 @@ class Runner:
             else:
                 self._comm.to_next_stage(hidden)
                 self._await_tokens(scheduled)
-        if not self._is_sampling_rank:
-            return None
-        return StepResult(
-            result.epoch,
-            result.step,
-            result.token_ids,
-            result.logprobs,
-            result.prompt_logprobs,
-            time.monotonic() - began_s,
-        )
+        if self._is_sampling_rank:
+            answer(msgspec.structs.replace(result, step_s=time.monotonic() - began_s))
+
+    def close(self) -> None:
+        """See ``StepRunner.close``: nothing runs behind."""
 
     def _run_stage(self, scheduled: list[Scheduled]) -> torch.Tensor:
         spans = [item.span for item in scheduled]

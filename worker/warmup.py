@@ -5,7 +5,6 @@ the collectives inside them match. A step's time is that of the whole pipeline: 
 """
 
 import time
-from dataclasses import dataclass
 
 from models.spec import ModelSpec
 from protocol.control import Advance, NewRow, StepPlan
@@ -14,6 +13,7 @@ from worker.batch import BatchLimits
 from worker.comm import Communicator
 from worker.memory import MemoryMeter
 from worker.runner import Runner
+from worker.steps import StepTimes
 
 CHUNK_FLOPS = 1.5e10
 """What the warm-up's largest chunk may cost over all ranks: below half a second on two old cores."""
@@ -21,14 +21,6 @@ LOGIT_ROWS = 8
 """Rows that sample in the warm-up; more take memory in proportion, and time that a boot need not."""
 CONTEXT_TOKENS = 8192
 """The warm-up's longest context; a longer one is taken to cost in proportion."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepTimes:
-    """Coefficients of a step's predicted time."""
-
-    fixed_s: float
-    per_token_s: float
 
 
 class WarmUp:
@@ -115,5 +107,5 @@ class WarmUp:
         return took_s
 
     def _plan(self, plan: StepPlan) -> None:
-        self._runner.step(plan)
+        self._runner.step(plan, lambda _: None)
         self._step += 1

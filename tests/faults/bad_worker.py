@@ -17,11 +17,11 @@ import worker.boot as boot_module
 import worker.control as control_module
 from loader.plan import LoadPlan
 from loader.reader import LoadReport, ProgressCallback, load
-from protocol.control import Boot, StepPlan, StepResult
+from protocol.control import Boot, StepPlan
 from worker.boot import Booted, Send, boot_rank
 
 if TYPE_CHECKING:
-    from worker.runner import Runner
+    from worker.steps import Answer, StepRunner
 
 SAID = "does wrong at"
 
@@ -45,10 +45,10 @@ def hang() -> NoReturn:
 class BadRunner:
     """A runner that does wrong in one step, and as it should in all others."""
 
-    def __init__(self, runner: "Runner", deed: str, step: int) -> None:
+    def __init__(self, runner: "StepRunner", deed: str, step: int) -> None:
         self._runner, self._deed, self._step = runner, deed, step
 
-    def step(self, plan: StepPlan) -> StepResult | None:
+    def step(self, plan: StepPlan, answer: "Answer") -> None:
         if plan.step == self._step:
             match self._deed:
                 case "hang":
@@ -59,7 +59,10 @@ class BadRunner:
                 case "raise":
                     say()
                     raise StepError(StepError.WORDS)
-        return self._runner.step(plan)
+        self._runner.step(plan, answer)
+
+    def close(self) -> None:
+        self._runner.close()
 
 
 def pause_load(

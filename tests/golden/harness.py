@@ -125,9 +125,7 @@ def _rank(
     try:
         runner = build(comm)
         while (plan := plans.get()) is not None:
-            result = runner.step(plan)
-            if result is not None:
-                results.put(result)
+            runner.step(plan, results.put)
     except BaseException as error:
         results.put(error)
         comm.abort()

@@ -31,11 +31,14 @@ def test_a_device_without_a_backend_is_refused_before_anything_is_read() -> None
         [[0, 1]],
         "/nowhere",
         "float32",
-        "cuda:0",
+        "tpu:0",
         [],
         0,
         1,
         1,
+        1,
+        1,
+        "",
         1,
         1,
         1,
@@ -44,7 +47,7 @@ def test_a_device_without_a_backend_is_refused_before_anything_is_read() -> None
         "",
         1.0,
     )
-    with pytest.raises(UnsupportedModelError, match="device 'cuda:0' has no backend here"):
+    with pytest.raises(UnsupportedModelError, match="device 'tpu:0' has no backend here"):
         boot_rank(boot, lambda message: None)
 
 

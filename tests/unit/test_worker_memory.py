@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from kv.tensors import KVTensors
+from kv.tensors import HostRegion, KVLayout, KVTensors
 from models.registry import _ARCHITECTURES
 from models.spec import ModelSpec
 from protocol.errors import MemoryBudgetError
@@ -36,11 +36,15 @@ def tiny_spec(groups: int = 1) -> ModelSpec:
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_every_layer_of_the_stage_has_lines_of_its_own(groups: int, tp: int) -> None:
+@pytest.mark.parametrize("granule", [1, 4096])
+def test_every_layer_of_the_stage_has_lines_of_its_own(groups: int, tp: int, granule: int) -> None:
     spec, layers = tiny_spec(groups), range(1, 4)
     per_block = 3 * sum(g.bytes_per_token(tp, layers) for g in spec.kv_groups)
-    cache = KVTensors(spec, layers, tp, 7, 3, 7 * per_block)
-    assert cache.size_bytes == 7 * per_block
+    layout = KVLayout.of(spec, layers, tp, 7, 3, 7 * per_block, granule)
+    assert layout.used_bytes == 7 * per_block
+    assert layout.used_bytes <= layout.size_bytes < layout.used_bytes + 3 * granule
+    assert all(offset % granule == 0 for offset in layout.offsets.values())
+    cache = KVTensors(spec, tp, layout, HostRegion.anonymous("test-kv", layout.size_bytes))
     for layer in layers:
         assert cache[layer].group == layer % groups
         assert cache[layer].lines.shape == (21, spec.kv_groups[0].local_heads(tp) * 8)
@@ -51,14 +55,13 @@ def test_every_layer_of_the_stage_has_lines_of_its_own(groups: int, tp: int) -> 
         assert (cache[layer].lines == layer).all()
     with pytest.raises(KeyError):
         cache[0]
-    os.close(cache.fd)
 
 
 def test_kv_beyond_its_grant_is_refused() -> None:
     spec = tiny_spec()
     needed = 4 * 3 * sum(g.bytes_per_token(1, range(5)) for g in spec.kv_groups)
     with pytest.raises(MemoryBudgetError, match=f"take {needed} bytes .* the plan grants {needed - 1}"):
-        KVTensors(spec, range(5), 1, 4, 3, needed - 1)
+        KVLayout.of(spec, range(5), 1, 4, 3, needed - 1)
 
 
 def test_a_peak_is_measured_after_it_is_gone_and_growth_while_it_stays() -> None:

@@ -6,7 +6,7 @@ import torch
 
 from kv.tensors import LayerCache
 from worker.comm import Communicator
-from worker.context import AttentionPlan, RowSpan
+from worker.context import AttentionPlan
 
 
 class Backend(Protocol):
@@ -18,6 +18,9 @@ class Backend(Protocol):
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return ``x @ weight.T``; weight is [out, in]."""
+
+    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return ``x @ weight.T`` in float32, whatever the dtype of its factors."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / sqrt(mean(x²) + eps) · weight."""
@@ -41,21 +44,16 @@ class Backend(Protocol):
     def embed(self, token_ids: torch.Tensor, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:
         """Return rows ``token_ids - first`` of weight, zeros for ids outside [first, first + count)."""
 
-    def plan_attention(
-        self, spans: list[RowSpan], group: int, block_tokens: int, width: int
-    ) -> AttentionPlan:
-        """Prepare attention in one KV group, once a step; ``width``: elements of a cache line."""
-
     def rope_and_store(
         self, qkv: torch.Tensor, rotation: torch.Tensor, cache: LayerCache, plan: AttentionPlan
-    ) -> None:
-        """Rotate q and k of [q | k | v] in place and write k and v to their cache lines.
+    ) -> torch.Tensor:
+        """Rotate q and k of [q | k | v] and write k and v to their cache lines; return what to attend with.
 
-        ``rotation`` is [tokens, 3, key_dim / 2]: cos, -sin, sin.
+        ``rotation`` is [tokens, 3, key_dim / 2]: cos, -sin, sin. ``qkv`` may be changed.
         """
 
-    def attend(self, qkv: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
+    def attend(self, rotated: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
         """Return causal attention of each row over its context: [tokens, heads * value_dim].
 
-        Scores are scaled by 1 / sqrt(key_dim). ``qkv`` is rotated and stored already.
+        Scores are scaled by 1 / sqrt(key_dim). ``rotated``: from ``rope_and_store`` of the same tokens.
         """

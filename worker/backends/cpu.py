@@ -41,6 +41,10 @@ class CpuBackend:
             return product
         return functional.linear(x, weight)
 
+    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See ``Backend.logits``."""
+        return self.linear(x, weight).float()
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See ``Backend.rms_norm``."""
         return functional.rms_norm(x, weight.shape, weight, eps)
@@ -77,14 +81,14 @@ class CpuBackend:
     def plan_attention(
         self, spans: list[RowSpan], group: int, block_tokens: int, width: int
     ) -> AttentionPlan:
-        """See ``Backend.plan_attention``."""
+        """Prepare attention in one KV group, once a step; ``width``: elements of a cache line."""
         gather_blocks = self._scratch.numel() // (width * 4 * block_tokens)
         assert gather_blocks >= 1, (width, block_tokens)
         return plan_attention(spans, group, block_tokens, gather_blocks)
 
     def rope_and_store(
         self, qkv: torch.Tensor, rotation: torch.Tensor, cache: LayerCache, plan: AttentionPlan
-    ) -> None:
+    ) -> torch.Tensor:
         """See ``Backend.rope_and_store``."""
         assert isinstance(plan, PagedAttentionPlan)
         stored = cache.heads * (cache.key_dim + cache.value_dim)
@@ -98,11 +102,12 @@ class CpuBackend:
             cache.lines[plan.lines : plan.lines + qkv.shape[0]] = lines
         else:
             cache.lines.index_copy_(0, plan.lines, lines)
+        return qkv
 
-    def attend(self, qkv: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
+    def attend(self, rotated: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
         """See ``Backend.attend``."""
         assert isinstance(plan, PagedAttentionPlan)
-        return attend(qkv, cache, plan, self._scratch)
+        return attend(rotated, cache, plan, self._scratch)
 
 
 def _onednn_rows() -> range:

@@ -22,5 +22,5 @@ class Attention:
         """Return this rank's part [tokens, hidden]; ``rotation`` as in ``Backend.rope_and_store``."""
         plan = step.attention[self._cache.group]
         qkv = self._backend.linear(x, self._qkv)
-        self._backend.rope_and_store(qkv, rotation, self._cache, plan)
-        return self._backend.linear(self._backend.attend(qkv, self._cache, plan), self._o)
+        rotated = self._backend.rope_and_store(qkv, rotation, self._cache, plan)
+        return self._backend.linear(self._backend.attend(rotated, self._cache, plan), self._o)

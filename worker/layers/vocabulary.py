@@ -29,4 +29,4 @@ class Head:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return float32 [rows, local vocabulary]; entries past the rank's share mean nothing."""
-        return self._backend.linear(x, self._weight).float()
+        return self._backend.logits(x, self._weight)

@@ -1,9 +1,8 @@
 """A rank's parameters: views of its arena, by name."""
 
-import mmap
-
 import torch
 
+from kv.tensors import Region
 from models.layout import Arena
 from models.parameter import ParameterSpec, Piece
 
@@ -11,11 +10,10 @@ from models.parameter import ParameterSpec, Piece
 class Weights:
     """Parameters of one rank. The arena's bytes belong to whoever made its descriptor."""
 
-    def __init__(self, arena: Arena, tp: int, tp_rank: int, memory: mmap.mmap) -> None:
-        assert len(memory) >= arena.size, (len(memory), arena.size)
+    def __init__(self, arena: Arena, tp: int, tp_rank: int, region: Region) -> None:
         self.tp = tp
         self.tp_rank = tp_rank
-        self._memory = memory
+        self._region = region
         self._placed = {placed.spec.name: placed for placed in arena.placed}
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -24,8 +22,7 @@ class Weights:
         shape = placed.spec.local_shape(self.tp)
         dtype: torch.dtype = getattr(torch, placed.spec.dtype)
         count = placed.spec.local_bytes(self.tp) // dtype.itemsize
-        flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=placed.offset)
-        return flat.view(shape)
+        return self._region.view(dtype, count, placed.offset).view(shape)
 
     def spec(self, name: str) -> ParameterSpec:
         """Return the statement of a parameter."""
