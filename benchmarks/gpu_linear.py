@@ -9,7 +9,6 @@ worker/backends/cuda/linear_table.py has them.
 
 import argparse
 import json
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from benchmarks.graph_time import launch_us
 from benchmarks.llama_8b_on_h200 import READ_BYTES_S
 from worker.backends.cuda.compiler import KernelCache
 from worker.backends.cuda.elementwise import Elementwise
@@ -28,8 +28,6 @@ from worker.backends.cuda.linear_table import CUBLAS, GATED, GEMV_ROWS, PLAIN, C
 ROWS = (1, 2, 4, 8, 16, 24, 32, 64)
 COPIES = 8
 LAUNCHES = 32
-BURST_US = 10_000.0
-REPEATS = 5
 AHEAD_MIB = (4, 16, 32)
 """Tried on the kernels that are the fastest without."""
 FINALISTS = 3
@@ -92,7 +90,6 @@ class Bench:
         suffix = "a" if major >= 9 else ""
         kernels = Kernels(KernelCache(kernel_cache, f"sm_{major}{minor}{suffix}"))
         self.linear, self.elementwise = Linear(kernels), Elementwise(kernels)
-        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.best_gate_up: dict[int, Choice] = {}
         self.weights: list[torch.Tensor] = []
 
@@ -117,9 +114,10 @@ class Bench:
         x = torch.randn(rows, shape.k, device="cuda", dtype=torch.bfloat16)
         norm = torch.ones(shape.k, device="cuda", dtype=torch.bfloat16)
         multiply = self._multiply(shape, rows, choice)
-        alone_us = self._launch_us(lambda weight: multiply(x, weight))
-        behind_us = self._launch_us(
-            lambda weight: multiply(self.elementwise.rms_norm(x, norm, 1e-5), weight)
+        weights = self.weights
+        alone_us = launch_us(lambda i: multiply(x, weights[i % COPIES]), LAUNCHES)
+        behind_us = launch_us(
+            lambda i: multiply(self.elementwise.rms_norm(x, norm, 1e-5), weights[i % COPIES]), LAUNCHES
         )
         of_reading = shape.ceiling_us / alone_us
         gb_s = of_reading * READ_BYTES_S / 1e9
@@ -147,29 +145,6 @@ class Bench:
         if plain.kernel == CUBLAS:
             return lambda x, weight: self.elementwise.swiglu(by_cublas(x, weight))
         return lambda x, weight: self.elementwise.swiglu(by_us(x, weight, plain, shape.weight_rows))
-
-    def _launch_us(self, launch: Callable[[torch.Tensor], object]) -> float:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):
-            launch(self.weights[0])
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph, stream=self.stream):
-                for i in range(LAUNCHES):
-                    launch(self.weights[i % COPIES])
-            began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-            def burst_us(replays: int) -> float:
-                began.record()
-                for _ in range(replays):
-                    graph.replay()
-                ended.record()
-                ended.synchronize()
-                return float(began.elapsed_time(ended)) * 1e3 / replays
-
-            burst_us(1)
-            replays = max(round(BURST_US / burst_us(1)), 1)
-            return statistics.median(burst_us(replays) for _ in range(REPEATS)) / LAUNCHES
 
 
 def candidates(shape: Shape, rows: int) -> list[Choice]:
