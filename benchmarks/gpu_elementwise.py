@@ -1,8 +1,8 @@
 """How near do the elementwise kernels come to the copy ceiling, and what do they cost at one row?
 
 Run on an idle GPU: ``python -m benchmarks.gpu_elementwise [--json PATH]``. Llama-3-8B's shapes in bf16,
-in replays of a CUDA graph, over enough copies of the data that no cache holds it at many rows. The ceiling is
-a copy's rate for the bytes read and written; at few rows a launch alone costs more than that.
+in replays of a CUDA graph, over enough copies of the data that no cache holds it at many rows. The ceiling
+is a copy's rate for the bytes read and written; at few rows a launch alone costs more than that.
 """
 
 import argparse
