@@ -70,11 +70,11 @@ def choose(rows: int, outputs: int, k: int, *, gated: bool = False) -> Choice:
 
 def _rule(tiles: int, outputs: int, *, gated: bool) -> Choice:
     """Share the k's among so many warps that about 12 of them read on each multiprocessor."""
-    if gated:
-        return Choice(
-            {1: "gated_ring_2_4_2_1_6", 2: "gated_ring_2_4_2_2_6", 4: "gated_ring_2_4_2_4_4"}[tiles]
-        )
     alone = outputs / 16 / MULTIPROCESSORS
+    if gated:
+        few = {1: "gated_ring_4_1_2_1_6", 2: "gated_ring_2_4_2_2_6", 4: "gated_ring_2_4_2_4_4"}
+        many = few | {1: "gated_ring_2_4_2_1_6"}
+        return Choice((many if alone >= 5 else few)[tiles])
     if alone >= 10:
         return Choice({1: "ring_1_8_1_1_8", 2: "ring_1_8_1_2_8", 4: "ring_1_8_2_4_4"}[tiles])
     if alone >= 2.5:
