@@ -19,7 +19,7 @@ from kv.tensors import LayerCache
 from worker.backends.cuda.attention import CudaAttention
 from worker.backends.cuda.attention_own import Shape
 from worker.backends.cuda.attention_paths import DecodePath, DecodeRule, PrefillPath
-from worker.backends.cuda.compiler import KernelCache, cache_directory
+from worker.backends.cuda.compiler import KernelCache
 from worker.backends.cuda.device import architecture, operators_directory
 from worker.backends.cuda.launch import Kernels
 
@@ -38,12 +38,14 @@ REPEATS = 7
 class Bench:
     """One shape in bf16. Owns a pool of KV lines that caches of layers are cut from."""
 
-    def __init__(self, heads: int, kv_heads: int, dim: int, block_tokens: int) -> None:
+    def __init__(
+        self, kernels: Path, operators: Path | None, heads: int, kv_heads: int, dim: int, block_tokens: int
+    ) -> None:
         self.device = torch.device("cuda", 0)
         torch.cuda.set_device(self.device)
         name = architecture(0)
-        found = operators_directory(name)
-        self.kernels = Kernels(KernelCache(cache_directory(), name))
+        found = operators or operators_directory(kernels, name)
+        self.kernels = Kernels(KernelCache(kernels, name))
         self.operators = found if found.is_dir() else None
         blocks = max(CONTEXTS) // block_tokens
         tokens = sum(PROMPTS)
@@ -203,9 +205,20 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--block-tokens", type=int, default=64)
+    kernels = Path.home() / ".cache" / "tandem" / "kernels"
+    parser.add_argument("--kernels", type=Path, default=kernels, help="the cache of compiled kernels")
+    parser.add_argument("--operators", type=Path, help="FlashInfer's operators, where not in the cache")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    figures = measure(Bench(arguments.heads, arguments.kv_heads, arguments.dim, arguments.block_tokens))
+    bench = Bench(
+        arguments.kernels,
+        arguments.operators,
+        arguments.heads,
+        arguments.kv_heads,
+        arguments.dim,
+        arguments.block_tokens,
+    )
+    figures = measure(bench)
     print(table(figures))
     if arguments.json is not None:
         facts = {name: str(value) for name, value in vars(arguments).items() if name != "json"}

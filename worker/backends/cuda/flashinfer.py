@@ -18,6 +18,7 @@ from worker.backends.cuda.attention_own import Rows, Shape
 _CAUSAL = 1
 _LAYOUT_NHD = 0
 _NO_WINDOW = -1
+_XQA_DIMS = (64, 128, 256)
 _SPREAD = 64 << 10  # alignment between the parts of a workspace, generously
 
 
@@ -87,8 +88,9 @@ class Xqa:
         self._blocks = multiprocessors * blocks_each
         self.counters = shape.max_rows * shape.kv_heads
         """int32 zeros needed; they are zero again after each launch."""
-        # One part per block: the heads' outputs, and two lines of 128 bytes of maxima and sums.
-        self.scratch_bytes = self._blocks * (shape.ratio * shape.value_dim * 2 + 256) + _SPREAD
+        # A part per block: the heads' outputs, their dims padded, and 128 bytes each of maxima and sums.
+        padded = next(dim for dim in _XQA_DIMS if dim >= shape.value_dim)
+        self.scratch_bytes = self._blocks * (shape.ratio * padded * 2 + 256) + _SPREAD
 
     @staticmethod
     def find(operators: Operators, shape: Shape) -> Any | None:
