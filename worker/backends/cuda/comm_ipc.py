@@ -22,8 +22,7 @@ _SUMS = {"all_reduce_one_shot": "Pq", "all_reduce_two_shot": "Pq", "reduce_scatt
 _PACK_BYTES = 16
 _WORDS_BLOCK = 256
 _BLOCK = 512
-_NORM_BLOCK = 1024
-_NORM_CHUNKS = 4
+_NORM_CHUNKS = (1, 2, 4)  # of a row, for a thread
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
@@ -99,7 +98,7 @@ class IpcGroup:
         if x.dtype not in _NAMES or not x.is_contiguous() or x.numel() == 0:
             return False
         packs, rest = divmod(x.shape[-1] * x.itemsize, _PACK_BYTES)
-        return not rest and packs <= _NORM_BLOCK * _NORM_CHUNKS and x.nbytes <= self._limit
+        return not rest and packs <= _BLOCK * _NORM_CHUNKS[-1] and x.nbytes <= self._limit
 
     def all_reduce_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
@@ -114,10 +113,10 @@ class IpcGroup:
         width = x.shape[-1]
         rows = x.numel() // width
         packs = width * x.itemsize // _PACK_BYTES
-        chunks = 1 if packs <= _NORM_BLOCK else _NORM_CHUNKS
+        chunks = next(chunks for chunks in _NORM_CHUNKS if packs <= _BLOCK * chunks)
         kernel = self._kernels[f"all_reduce_norm_{chunks}_{_NAMES[x.dtype]}"]
         out = torch.empty_like(x)
-        block = min(-(-packs // 32) * 32, _NORM_BLOCK)
+        block = -(-packs // (32 * chunks)) * 32
         struct = self._structs[DeviceOperation.ALL_REDUCE_NORM]
         kernel((min(rows, MOST_BLOCKS),), block, (x, residual, weight, out, rows, width, eps, *struct))
         return out
@@ -217,7 +216,7 @@ def _load(kernels: Kernels, width: int) -> dict[str, Kernel]:
     for name in _NAMES.values():
         for stem, signature in _SUMS.items():
             found[f"{stem}_{name}"] = kernels.get(_FILE, f"{stem}_{name}_{width}", signature + _GROUP)
-        for chunks in (1, _NORM_CHUNKS):
+        for chunks in _NORM_CHUNKS:
             full = f"all_reduce_norm_{name}_{chunks}_{width}"
             found[f"all_reduce_norm_{chunks}_{name}"] = kernels.get(_FILE, full, "PPPPqif" + _GROUP)
     for unit in ("u32", "u8"):

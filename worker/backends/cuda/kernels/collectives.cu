@@ -133,46 +133,52 @@ template <typename T> __device__ __forceinline__ void add_part(Values<T>& sum, c
   for (int k = 0; k < 16 / sizeof(T); ++k) sum.at[k] = is_first ? x.at[k] : sum.at[k] + x.at[k];
 }
 
-// One thread's waiting. Looks at the page now and then; what ends it is kept in the head and told in the page.
+// What a thread that waits remembers between its looks at the page.
+struct Memory { u64 since_ns = 0; int leaving = -1; };
+
+// Whether to go on waiting for `peer`. What ends the wait is kept in the head, and told in the page.
+__device__ __noinline__ bool look(Head* head, u32* page, u64 patience_ns, int rank, int operation, int peer,
+                                  Memory& memory) {
+  if (peek(&head->error)) return false;
+  const u64 now = now_ns();
+  if (!memory.since_ns) memory.since_ns = now;
+  u32 reason = 0;
+  if (peek(page)) {
+    reason = ABORTED;
+  } else if (now - memory.since_ns > patience_ns) {
+    reason = LATE;
+  } else if (peek(page + (1 + peer) * RECORD_WORDS + LEFT)) {
+    // It wrote all it ever will before it left: that may have come since this thread last looked for it.
+    if (memory.leaving == peer) reason = PEER_LEFT;
+    memory.leaving = peer;
+  }
+  if (!reason) return true;
+  if (atomicCAS(&head->error, 0u, reason) == 0u) {
+    u32* record = page + (1 + rank) * RECORD_WORDS;
+    poke(record + OPERATION, static_cast<u32>(operation));
+    poke(record + PEER, static_cast<u32>(peer));
+    __threadfence_system();
+    poke(record + REASON, reason);
+  }
+  return false;
+}
+
+// One thread's waiting.
 struct Watch {
   Head* head;
   u32* page;
   u64 patience_ns;
   int rank, operation;
   u32 spins = 0;
-  int seen_leaving = -1;
-  u64 since_ns = 0;
+  Memory memory;
 
   __device__ Watch(char* region, u32* page, u64 patience_ns, i64 rank, i64 operation)
       : head(reinterpret_cast<Head*>(region)), page(page), patience_ns(patience_ns),
         rank(static_cast<int>(rank)), operation(static_cast<int>(operation)) {}
 
-  // Whether to look once more for what `peer` has to write.
-  __device__ __forceinline__ bool goes_on(int peer) { return ++spins % SPINS_A_LOOK ? true : look(peer); }
-
-  __device__ __noinline__ bool look(int peer) {
-    if (peek(&head->error)) return false;
-    const u64 now = now_ns();
-    if (!since_ns) since_ns = now;
-    u32 reason = 0;
-    if (peek(page)) {
-      reason = ABORTED;
-    } else if (now - since_ns > patience_ns) {
-      reason = LATE;
-    } else if (peek(page + (1 + peer) * RECORD_WORDS + LEFT)) {
-      // It wrote all it ever will before it left: that may have come since we last looked.
-      if (seen_leaving == peer) reason = PEER_LEFT;
-      seen_leaving = peer;
-    }
-    if (!reason) return true;
-    if (atomicCAS(&head->error, 0u, reason) == 0u) {
-      u32* record = page + (1 + rank) * RECORD_WORDS;
-      poke(record + OPERATION, static_cast<u32>(operation));
-      poke(record + PEER, static_cast<u32>(peer));
-      __threadfence_system();
-      poke(record + REASON, reason);
-    }
-    return false;
+  // Whether to try once more for what `peer` has to write.
+  __device__ __forceinline__ bool goes_on(int peer) {
+    return ++spins % SPINS_A_LOOK ? true : look(head, page, patience_ns, rank, operation, peer, memory);
   }
 };
 
@@ -541,14 +547,6 @@ template <typename T> __device__ void take(T* out, i64 count, const Lane& l) {
   extern "C" __global__ void __launch_bounds__(512) reduce_scatter_##NAME##_##SIZE(                            \
       const T* x, T* out, i64 stride, i64 count, Group g) {                                                    \
     reduce_scatter<T, SIZE>(x, out, stride, count, g);                                                         \
-  }                                                                                                            \
-  extern "C" __global__ void __launch_bounds__(1024) all_reduce_norm_##NAME##_1_##SIZE(                        \
-      const T* x, T* residual, const T* weight, T* out, i64 rows, int width, float eps, Group g) {             \
-    all_reduce_norm<T, 1, SIZE>(x, residual, weight, out, rows, width, eps, g);                                \
-  }                                                                                                            \
-  extern "C" __global__ void __launch_bounds__(1024) all_reduce_norm_##NAME##_4_##SIZE(                        \
-      const T* x, T* residual, const T* weight, T* out, i64 rows, int width, float eps, Group g) {             \
-    all_reduce_norm<T, 4, SIZE>(x, residual, weight, out, rows, width, eps, g);                                \
   }
 SUMS(bf16, bf16, 2)
 SUMS(bf16, bf16, 4)
@@ -556,6 +554,19 @@ SUMS(bf16, bf16, 8)
 SUMS(f32, float, 2)
 SUMS(f32, float, 4)
 SUMS(f32, float, 8)
+
+#define NORMS(NAME, T, CHUNKS, SIZE)                                                                           \
+  extern "C" __global__ void __launch_bounds__(512) all_reduce_norm_##NAME##_##CHUNKS##_##SIZE(                \
+      const T* x, T* residual, const T* weight, T* out, i64 rows, int width, float eps, Group g) {             \
+    all_reduce_norm<T, CHUNKS, SIZE>(x, residual, weight, out, rows, width, eps, g);                           \
+  }
+#define ALL_NORMS(NAME, T, CHUNKS) NORMS(NAME, T, CHUNKS, 2) NORMS(NAME, T, CHUNKS, 4) NORMS(NAME, T, CHUNKS, 8)
+ALL_NORMS(bf16, bf16, 1)
+ALL_NORMS(bf16, bf16, 2)
+ALL_NORMS(bf16, bf16, 4)
+ALL_NORMS(f32, float, 1)
+ALL_NORMS(f32, float, 2)
+ALL_NORMS(f32, float, 4)
 
 #define COPIES(NAME, T)                                                                                        \
   extern "C" __global__ void __launch_bounds__(512) all_gather_##NAME(const T* x, T* out, i64 stride, i64 count, \
