@@ -18,7 +18,7 @@ from benchmarks.figures import Demand, Figure, as_data, table
 from kv.tensors import LayerCache
 from worker.backends.cuda.attention import CudaAttention
 from worker.backends.cuda.attention_own import Shape
-from worker.backends.cuda.attention_paths import DecodePath, DecodeRule, PrefillPath
+from worker.backends.cuda.attention_paths import DecodeRule, PrefillPath
 from worker.backends.cuda.compiler import KernelCache
 from worker.backends.cuda.device import architecture, operators_directory
 from worker.backends.cuda.launch import Kernels
@@ -27,7 +27,12 @@ READ_CEILING_GBS = 4660.0
 MATMUL_CEILING_TFLOPS = 785.0
 BATCHES = (1, 8, 64, 256)
 CONTEXTS = (192, 1024, 8192)
-DECODE: tuple[DecodePath, ...] = ("xqa", "xqa_wide", "tensor", "vector")
+DECODE = (
+    DecodeRule("xqa"),
+    DecodeRule("xqa_wide"),
+    *(DecodeRule("tensor", split_tokens=tokens) for tokens in (64, 128, 256, 512, 1024)),
+    DecodeRule("vector", split_tokens=256),
+)
 PREFILL: tuple[PrefillPath, ...] = ("fa3", "fa2", "tiled")
 PROMPTS = (7000,) * 4
 COLD_BYTES = 512 << 20
@@ -96,11 +101,11 @@ class Bench:
             for i in range(max(1, min(wanted, len(self.lines) // lines)))
         ]
 
-    def decode_us(self, path: DecodePath, batch: int, context: int) -> list[float] | None:
+    def decode_us(self, rule: DecodeRule, batch: int, context: int) -> list[float] | None:
         """Return microseconds a launch, of each repeat, or None where the path is not available."""
         shape = self.shape
-        attention = self.attention((DecodeRule(path), DecodeRule("vector")), ("tiled",))
-        if attention.decode_path(batch) != path:
+        attention = self.attention((rule, DecodeRule("vector")), ("tiled",))
+        if attention.decode_path(batch) != rule.path:
             return None
         block_tables, lines = self.tables([context] * batch)
         caches = self.caches(lines)
@@ -163,10 +168,11 @@ def measure(bench: Bench) -> list[Figure]:
         for context in CONTEXTS:
             found: dict[str, float] = {}
             kv_bytes = batch * context * bench.width * 2
-            for path in DECODE:
-                times = bench.decode_us(path, batch, context)
+            for rule in DECODE:
+                times = bench.decode_us(rule, batch, context)
                 if times is None:
                     continue
+                path = rule.path if "xqa" in rule.path else f"{rule.path}@{rule.split_tokens}"
                 us = found[path] = sorted(times)[len(times) // 2]
                 where = f"decode {path}, batch {batch}, context {context}"
                 figures += [

@@ -48,16 +48,18 @@ def _decode_paths(
     shape: Shape,
     rules: tuple[DecodeRule, ...],
     device: torch.device,
-) -> dict[DecodePath, Xqa | OwnDecode]:
+) -> dict[DecodeRule, Xqa | OwnDecode]:
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    paths: dict[DecodePath, Xqa | OwnDecode] = {}
+    paths: dict[DecodeRule, Xqa | OwnDecode] = {}
     for rule in rules:
         if rule.path in _XQA_BLOCKS_EACH:
             module = Xqa.find(operators, shape)
             if module is not None:
-                paths[rule.path] = Xqa(module, shape, multiprocessors, _XQA_BLOCKS_EACH[rule.path])
+                paths[rule] = Xqa(module, shape, multiprocessors, _XQA_BLOCKS_EACH[rule.path])
         elif rule.path == "vector" or OwnDecode.fits_tensor_cores(shape):
-            paths[rule.path] = OwnDecode(kernels, shape, multiprocessors, rule.path == "tensor")
+            paths[rule] = OwnDecode(
+                kernels, shape, multiprocessors, rule.split_tokens, on_tensor_cores=rule.path == "tensor"
+            )
     return paths
 
 
@@ -111,7 +113,6 @@ class CudaAttention:
             heads, kv_heads, key_dim, value_dim, dtype, block_tokens, max_rows, max_blocks, step_tokens
         )
         self._shape = shape
-        self._decode_rules = decode_paths
         found = Operators(operators)
         self._decode = _decode_paths(kernels, found, shape, decode_paths, device)
         self._prefill = _prefill_path(kernels, found, shape, prefill_paths, device)
@@ -140,11 +141,7 @@ class CudaAttention:
 
     def decode_path(self, rows: int) -> DecodePath:
         """Return the path that a decode step of so many rows takes."""
-        return next(
-            rule.path
-            for rule in self._decode_rules
-            if rule.path in self._decode and rule.min_rows <= rows <= rule.max_rows
-        )
+        return self._decode_rule(rows).path
 
     @property
     def prefill_path(self) -> PrefillPath:
@@ -223,8 +220,11 @@ class CudaAttention:
                 part.launch(queries[tokens], cache, out[tokens])
         return out
 
+    def _decode_rule(self, rows: int) -> DecodeRule:
+        return next(rule for rule in self._decode if rule.min_rows <= rows <= rule.max_rows)
+
     def _decode_part(self, first_row: int, first_token: int, rows: Rows) -> _Part:
-        path = self._decode[self.decode_path(rows.count)]
+        path = self._decode[self._decode_rule(rows.count)]
         scratch, counters = self._scratch, self._counters
         if isinstance(path, OwnDecode):
             return _Part(first_token, rows.count, partial(path.launch, rows, scratch, counters))

@@ -9,6 +9,7 @@ from kv.tensors import LayerCache
 from worker.backends.cuda.launch import Kernels
 
 _MOST_SPLITS = 128  # as in attention.cu
+_LEAST_SPLIT_TOKENS = 64
 _TILE = 32
 _THREADS = 128
 _TENSOR_BLOCKS = {64: 4, 128: 3, 256: 2}
@@ -55,30 +56,39 @@ class Rows:
     """[slots, max_blocks], int32."""
 
 
-def split(pairs: int, context: int, blocks_at_once: int) -> tuple[int, int]:
-    """Return into how many blocks a row's context is cut at most, and the tokens worth a block of its own.
+def split(pairs: int, context: int, blocks_at_once: int, tokens: int) -> int:
+    """Return into how many blocks of at least so many tokens a row's context is cut at most.
 
     ``pairs``: blocks that there are without cutting. Few pairs are cut until they fill the device once;
     many until their last wave is not mostly empty.
     """
     if pairs * 2 <= blocks_at_once:
-        tokens = 128
         count = blocks_at_once // pairs
     else:
-        tokens = 512
         waves = {n: pairs * n / blocks_at_once for n in range(1, 5)}
         filled = {n: w / math.ceil(w) for n, w in waves.items()}
         count = next(
             (n for n, share in filled.items() if share >= 0.85), max(filled, key=filled.__getitem__)
         )
-    return max(1, min(count, _MOST_SPLITS, -(-context // tokens))), tokens
+    return max(1, min(count, _MOST_SPLITS, -(-context // tokens)))
 
 
 class OwnDecode:
     """One query token a row. Capturable: how a row is split is decided on the device."""
 
-    def __init__(self, kernels: Kernels, shape: Shape, multiprocessors: int, on_tensor_cores: bool) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        shape: Shape,
+        multiprocessors: int,
+        split_tokens: int,
+        *,
+        on_tensor_cores: bool,
+    ) -> None:
+        # The first worker of every block must find a token.
+        assert split_tokens >= _LEAST_SPLIT_TOKENS, split_tokens
         self._shape = shape
+        self._split_tokens = split_tokens
         largest = max(shape.key_dim, shape.value_dim)
         self._arguments: tuple[float, ...] = (_LOG2_E / math.sqrt(shape.key_dim),)
         if on_tensor_cores:
@@ -112,9 +122,8 @@ class OwnDecode:
     ) -> None:
         """Attend ``queries`` [rows, heads * key_dim]."""
         shape = self._shape
-        splits, tokens = self._split(rows.count)
         self._kernel(
-            (splits, self._pairs_per_row, rows.count),
+            (self._splits(rows.count), self._pairs_per_row, rows.count),
             _THREADS,
             (
                 queries,
@@ -131,16 +140,17 @@ class OwnDecode:
                 shape.kv_heads,
                 shape.key_dim,
                 shape.value_dim,
-                tokens,
+                self._split_tokens,
                 *self._arguments,
             ),
         )
 
-    def _split(self, rows: int) -> tuple[int, int]:
-        return split(rows * self._pairs_per_row, self._shape.max_context, self._blocks_at_once)
+    def _splits(self, rows: int) -> int:
+        pairs = rows * self._pairs_per_row
+        return split(pairs, self._shape.max_context, self._blocks_at_once, self._split_tokens)
 
     def _scratch_bytes(self, rows: int) -> int:
-        splits = self._split(rows)[0]
+        splits = self._splits(rows)
         pairs = rows * self._pairs_per_row
         return 0 if splits == 1 else pairs * splits * self._heads * (self._shape.value_dim + 2) * 4
 

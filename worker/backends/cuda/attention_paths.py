@@ -19,7 +19,14 @@ class DecodeRule:
     path: DecodePath
     min_rows: int = 1
     max_rows: int = 1 << 30
+    split_tokens: int = 128
+    """Our own kernels cut a row into blocks of at least so many tokens."""
 
 
-DECODE_PATHS = (DecodeRule("xqa"), DecodeRule("tensor"), DecodeRule("vector"))
+DECODE_PATHS = (
+    DecodeRule("xqa"),
+    DecodeRule("tensor", max_rows=16),
+    DecodeRule("tensor", min_rows=17, split_tokens=512),
+    DecodeRule("vector"),
+)
 PREFILL_PATHS: tuple[PrefillPath, ...] = ("fa3", "fa2", "tiled")
