@@ -1,7 +1,7 @@
 """The device's sampler against the CPU's: the same tokens from the same logits, seeds and positions."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -318,13 +318,14 @@ def test_a_graph_follows_changed_parameters(cache: KernelCache) -> None:
         with torch.cuda.graph(graphs[full]):
             device.sampler.sample(logits, slots, positions, out, full)
     kinds = variants(vocab)
+    names = ("top_k", "top_p", "min_p", "logprobs")
     for step in range(30):
         full = step % 2 == 1
         some = [kinds[(step * rows + i) % len(kinds)] for i in range(rows)]
-        names = ("top_k", "top_p", "min_p", "logprobs")
         if not full:
-            for row in some:
-                row.params = {name: value for name, value in row.params.items() if name not in names}
+            some = [
+                replace(row, params={k: v for k, v in row.params.items() if k not in names}) for row in some
+            ]
         mine = torch.randperm(MAX_ROWS)[:rows].tolist()
         for slot, row in zip(mine, some, strict=True):
             device.sampler.new_row(slot, row.new_row(slot))

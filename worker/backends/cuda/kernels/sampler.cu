@@ -186,6 +186,25 @@ __device__ __forceinline__ void read4(const float* line, int i, int end, bool is
   }
 }
 
+// take(value, i) for the thread's elements of the share; eight reads are under way before the first is used.
+template <typename Read, typename Take>
+__device__ __forceinline__ void for_each(const Share& share, Read read, Take take) {
+  constexpr int AHEAD = 8;
+  for (int base = share.begin + threadIdx.x; base < share.end; base += AHEAD * THREADS) {
+    float x[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      const int i = base + k * THREADS;
+      x[k] = i < share.end ? read(i) : NEVER;
+    }
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      const int i = base + k * THREADS;
+      if (i < share.end) take(x[k], i);
+    }
+  }
+}
+
 // --- rows without a filter: one pass
 
 struct DrawPart { Best best; int is_bad, is_finite; };
@@ -199,8 +218,17 @@ extern "C" __global__ void __cluster_dims__(SPREAD, 1, 1) __launch_bounds__(THRE
   __shared__ DrawPart part;
   let_next_start();
   wait_for_previous();
-  const int row = blockIdx.y, slot = slots[row], warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int position = positions[row];
+  const int row = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  constexpr int STEP = THREADS * 4;
+  const Share share(width);
+  const float* line = logits + row * stride;
+  const bool is_aligned = stride % 4 == 0 && reinterpret_cast<u64>(logits) % 16 == 0;
+  int base = share.begin + warp * 128;
+  float ahead[2][4];  // read before they are needed, and before the parameters
+  read4(line, base + lane * 4, share.end, is_aligned, ahead[0]);
+  read4(line, base + STEP + lane * 4, share.end, is_aligned, ahead[1]);
+
+  const int slot = slots[row], position = positions[row];
   const Params& p = params[slot];
   const int flags = p.flags;
   if (flags & IDLE) {
@@ -214,26 +242,16 @@ extern "C" __global__ void __cluster_dims__(SPREAD, 1, 1) __launch_bounds__(THRE
   const bool is_greedy = temperature == 0.0;
   Draw drawn(is_greedy ? 1.0 : temperature, noise_key(p.seed, position));
 
-  const Share share(width);
-  const float* line = logits + row * stride;
-  const bool is_aligned = stride % 4 == 0 && reinterpret_cast<u64>(logits) % 16 == 0;
   bool is_bad = false, is_finite = false;
-  float highest = NEVER, next[4];
+  float highest = NEVER;
   int highest_id = NOBODY;
-  int base = share.begin + warp * 128;
-  read4(line, base + lane * 4, share.end, is_aligned, next);
-  for (; base < share.end; base += THREADS * 4) {  // the same on all lanes
-    const int i = base + lane * 4;
-    float x[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) x[k] = next[k];
-    read4(line, i + THREADS * 4, share.end, is_aligned, next);
+  auto take = [&](float (&x)[4], int i) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       is_bad |= !(x[k] < INFINITE);
       is_finite |= x[k] > NEVER;
     }
-    if (is_filtered) continue;
+    if (is_filtered) return;
     if (adjust.is_any) {
 #pragma unroll
       for (int k = 0; k < 4; ++k)
@@ -243,7 +261,7 @@ extern "C" __global__ void __cluster_dims__(SPREAD, 1, 1) __launch_bounds__(THRE
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         if (x[k] > highest) highest = x[k], highest_id = first + i + k;
-      continue;
+      return;
     }
     float upper[4];
     u32 left = 0;
@@ -265,6 +283,17 @@ extern "C" __global__ void __cluster_dims__(SPREAD, 1, 1) __launch_bounds__(THRE
         drawn.take(value, first + i + pick);
       }
       drawn.set_limit(warp_max(drawn.floor()));
+    }
+  };
+  for (; base < share.end; base += 2 * STEP) {  // the same on all lanes
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = base + half * STEP + lane * 4;
+      float x[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) x[k] = ahead[half][k];
+      read4(line, i + 2 * STEP, share.end, is_aligned, ahead[half]);
+      take(x, i);
     }
   }
   if (is_greedy) drawn.best = {highest, highest_id};
@@ -419,17 +448,29 @@ struct Slice {
     Histogram& mine = work.mine[turn];
     for (int b = threadIdx.x; b < BINS; b += THREADS) mine.count[b] = mine.low[b] = mine.high[b] = 0;
     __syncthreads();
+    // A thread holds back a run of one bin: equal or far values would all meet at one address.
+    int held = -1;
+    u32 number = 0;
+    u64 sum = 0;
+    auto add = [&] {
+      if (number == 0) return;
+      atomicAdd(&mine.count[held], number);
+      if (sum == 0) return;
+      const u32 low = static_cast<u32>(sum), before = atomicAdd(&mine.low[held], low);
+      const u32 high = static_cast<u32>(sum >> 32) + (before + low < before ? 1u : 0u);
+      if (high) atomicAdd(&mine.high[held], high);
+    };
     for (int j = threadIdx.x; j < count; j += THREADS) {
       const int b = bin_of(x[j], begin + j);
       if (b < 0) continue;
-      atomicAdd(&mine.count[b], 1u);
-      if (!has_weights) continue;
-      const u64 w = weight(x[j]);
-      if (w == 0) continue;
-      const u32 low = static_cast<u32>(w), before = atomicAdd(&mine.low[b], low);
-      const u32 high = static_cast<u32>(w >> 32) + (before + low < before ? 1u : 0u);
-      if (high) atomicAdd(&mine.high[b], high);
+      if (b != held) {
+        add();
+        held = b, number = 0, sum = 0;
+      }
+      ++number;
+      if (has_weights) sum += weight(x[j]);
     }
+    add();
     cluster_sync();
     for (int b = threadIdx.x; b < BINS; b += THREADS) {
       u32 counted = 0;
@@ -556,17 +597,18 @@ extern "C" __global__ void __cluster_dims__(SPREAD, 1, 1) __launch_bounds__(THRE
   Slice slice = {work, slice_values, share.begin, share.end - share.begin, 0};
   bool is_bad = false, is_finite = false;
   float mine = NEVER;
-#pragma unroll 4
-  for (int id = share.begin + threadIdx.x; id < share.end; id += THREADS) {
+  auto read = [&](int id) {
     const int rank = room ? id / room : 0;
-    float x = logits[rank * rank_stride + row * stride + id - rank * room];
+    return logits[rank * rank_stride + row * stride + id - rank * room];
+  };
+  for_each(share, read, [&](float x, int id) {
     is_bad |= !(x < INFINITE);
     is_finite |= x > NEVER;
     if (room == 0 && adjust.is_any) x = adjust(x, id);
     x = __fadd_rn(x, 0.0f);  // -0.0 becomes 0.0
     slice.x[id - share.begin] = x;
     mine = fmaxf(mine, x);
-  }
+  });
   slice.join(is_bad, is_finite, mine);
   is_bad = work.whole.is_bad, is_finite = work.whole.is_finite;
   const Outputs out = {token_ids, broken, last_tokens, counts, count_stride, first, width};
@@ -647,14 +689,14 @@ extern "C" __global__ void __cluster_dims__(SPREAD, 1, 1) __launch_bounds__(THRE
   Slice slice = {work, slice_values, share.begin, share.end - share.begin, 0};
   bool is_bad = false, is_finite = false;
   float mine = NEVER;
-#pragma unroll 4
-  for (int i = share.begin + threadIdx.x; i < share.end; i += THREADS) {
-    const float x = __fadd_rn(logits[row * stride + i], 0.0f);
+  auto read = [&](int i) { return logits[row * stride + i]; };
+  for_each(share, read, [&](float x, int i) {
     is_bad |= !(x < INFINITE);
     is_finite |= x > NEVER;
+    x = __fadd_rn(x, 0.0f);
     slice.x[i - share.begin] = x;
     mine = fmaxf(mine, x);
-  }
+  });
   if (threadIdx.x == 0) top.count = 0;
   slice.join(is_bad, is_finite, mine);
   is_bad = work.whole.is_bad, is_finite = work.whole.is_finite;
