@@ -267,18 +267,20 @@ template <typename T, int SIZE> __device__ void all_reduce_one_shot(T* x, i64 co
   wait_for_previous();
   char* region = g.region[g.rank];
   Head* head = reinterpret_cast<Head*>(region);
-  const Call call = next_call(head);
   const i64 first = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   const i64 step = static_cast<i64>(gridDim.x) * blockDim.x;
+  // Read at the same time as the count; for a short message it is all there is.
+  const Bits mine = load_bits(x + first * N, count - first * N);
+  const Call call = next_call(head);
   if (call.is_alive)
     for (i64 i = first; i * N < count; i += step)
-      push_words<SIZE>(g, call.number, i, load_bits(x + i * N, count - i * N));
+      push_words<SIZE>(g, call.number, i, i == first ? mine : load_bits(x + i * N, count - i * N));
   if (!__syncthreads_and(call.is_alive)) return;
   if (threadIdx.x == 0) count_up(head, call.number);
   Watch watch(region, g.page, g.patience_ns, g.first + g.rank, g.operation);
   for (i64 i = first; i * N < count; i += step) {
     Values<T> sum;
-    const Bits own = load_bits(x + i * N, count - i * N);
+    const Bits own = i == first ? mine : load_bits(x + i * N, count - i * N);
     if (!sum_words<T, SIZE>(g, call.number, i, own, sum, watch)) return;
     store_bits(x + i * N, count - i * N, pack(sum));
   }
@@ -297,11 +299,15 @@ __device__ void all_reduce_norm(const T* x, T* residual, const T* weight, T* out
   wait_for_previous();
   char* region = g.region[g.rank];
   Head* head = reinterpret_cast<Head*>(region);
+  const i64 first = static_cast<i64>(blockIdx.x) * packs + lane;  // pack of the block's first row
+  const Bits mine = load_bits(x + first * N, lane < packs ? N : 0);
   const Call call = next_call(head);
   if (call.is_alive)
     for (i64 row = blockIdx.x; row < rows; row += gridDim.x)
-      for (int i = lane; i < packs; i += blockDim.x)
-        push_words<SIZE>(g, call.number, row * packs + i, load_bits(x + row * width + i * N, N));
+      for (int i = lane; i < packs; i += blockDim.x) {
+        const i64 at = row * packs + i;
+        push_words<SIZE>(g, call.number, at, at == first ? mine : load_bits(x + at * N, N));
+      }
   if (!__syncthreads_and(call.is_alive)) return;
   if (lane == 0) count_up(head, call.number);
   Watch watch(region, g.page, g.patience_ns, g.first + g.rank, g.operation);
@@ -314,9 +320,10 @@ __device__ void all_reduce_norm(const T* x, T* residual, const T* weight, T* out
       if (i >= packs) continue;
       const i64 at = row * width + i * N;
       unpack(load_bits(residual + at, N), kept[c]);
+      const Bits own = row * packs + i == first ? mine : load_bits(x + at, N);
       Values<T> sum;
       // Threads that gave up go on to the block's sum, where the others are.
-      if (!sum_words<T, SIZE>(g, call.number, row * packs + i, load_bits(x + at, N), sum, watch)) continue;
+      if (!sum_words<T, SIZE>(g, call.number, row * packs + i, own, sum, watch)) continue;
 #pragma unroll
       for (int k = 0; k < N; ++k)
         kept[c].at[k] = to_float(from_float<T>(kept[c].at[k] + to_float(from_float<T>(sum.at[k]))));
