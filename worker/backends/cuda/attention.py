@@ -49,17 +49,32 @@ def _decode_paths(
     rules: tuple[DecodeRule, ...],
     device: torch.device,
 ) -> dict[DecodeRule, Xqa | OwnDecode]:
+    """Return the paths that some number of rows will take, in order of preference."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     paths: dict[DecodeRule, Xqa | OwnDecode] = {}
+    unserved = set(range(1, shape.max_rows + 1))
     for rule in rules:
+        rows = range(rule.min_rows, min(rule.max_rows, shape.max_rows) + 1)
+        if unserved.isdisjoint(rows):
+            continue
         if rule.path in _XQA_BLOCKS_EACH:
             module = Xqa.find(operators, shape)
-            if module is not None:
-                paths[rule] = Xqa(module, shape, multiprocessors, _XQA_BLOCKS_EACH[rule.path])
+            if module is None:
+                continue
+            paths[rule] = Xqa(module, shape, multiprocessors, _XQA_BLOCKS_EACH[rule.path])
         elif rule.path == "vector" or OwnDecode.fits_tensor_cores(shape):
+            on_tensor_cores = rule.path == "tensor"
             paths[rule] = OwnDecode(
-                kernels, shape, multiprocessors, rule.split_tokens, on_tensor_cores=rule.path == "tensor"
+                kernels,
+                shape,
+                multiprocessors,
+                rows,
+                rule.split_tokens,
+                on_tensor_cores=on_tensor_cores,
             )
+        else:
+            continue
+        unserved.difference_update(rows)
     return paths
 
 

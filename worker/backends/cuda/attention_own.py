@@ -68,7 +68,7 @@ def split(pairs: int, context: int, blocks_at_once: int, tokens: int) -> int:
         waves = {n: pairs * n / blocks_at_once for n in range(1, 5)}
         filled = {n: w / math.ceil(w) for n, w in waves.items()}
         count = next(
-            (n for n, share in filled.items() if share >= 0.85), max(filled, key=filled.__getitem__)
+            (n for n, share in filled.items() if share >= 0.8), max(filled, key=filled.__getitem__)
         )
     return max(1, min(count, _MOST_SPLITS, -(-context // tokens)))
 
@@ -81,10 +81,12 @@ class OwnDecode:
         kernels: Kernels,
         shape: Shape,
         multiprocessors: int,
+        rows: range,
         split_tokens: int,
         *,
         on_tensor_cores: bool,
     ) -> None:
+        """``rows``: the numbers of rows that it will be asked for."""
         # The first worker of every block must find a token.
         assert split_tokens >= _LEAST_SPLIT_TOKENS, split_tokens
         self._shape = shape
@@ -104,7 +106,7 @@ class OwnDecode:
         self._pairs_per_row = shape.kv_heads * -(-shape.ratio // self._heads)
         self.counters = shape.max_rows * self._pairs_per_row
         """int32 zeros needed; they are zero again after each launch."""
-        self.scratch_bytes = max(self._scratch_bytes(rows) for rows in range(1, shape.max_rows + 1))
+        self.scratch_bytes = max(map(self._scratch_bytes, rows))
 
     @staticmethod
     def fits_tensor_cores(shape: Shape) -> bool:
