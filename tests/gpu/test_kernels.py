@@ -175,9 +175,7 @@ class Chain:
             queries = backend.rope_and_store(backend.linear(x, qkv), self.rotation, cache, self.plan)
             update = backend.linear(queries, o)
             x = backend.reduce_add_norm(residual, update, self.norm, EPS, comm)
-            plain = backend.linear(backend.swiglu(backend.linear(x, gate_up)), down)
             update = backend.linear(backend.swiglu_linear(x, gate_up), down)
-            backend.reduce_add(update, plain, comm)
         x = backend.reduce_add_norm(residual, update, self.norm, EPS, comm)
         return backend.logits(x, self.head)
 

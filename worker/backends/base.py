@@ -38,8 +38,8 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """``reduce_add``, then return the norm of the new residual: one kernel where that is faster."""
 
-    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Return silu(gate) · up; gate is the first half of the features, up the second."""
+    def swiglu_linear(self, x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return silu(gate) · up of ``x @ gate_up.T``, whose features are gate first and then up."""
 
     def embed(self, token_ids: torch.Tensor, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:
         """Return rows ``token_ids - first`` of weight, zeros for ids outside [first, first + count)."""

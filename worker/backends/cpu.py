@@ -66,9 +66,9 @@ class CpuBackend:
         self.reduce_add(residual, update, comm)
         return self.rms_norm(residual, weight, eps)
 
-    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """See ``Backend.swiglu``."""
-        gate, up = gate_up.chunk(2, dim=-1)
+    def swiglu_linear(self, x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+        """See ``Backend.swiglu_linear``."""
+        gate, up = self.linear(x, gate_up).chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
 
     def embed(self, token_ids: torch.Tensor, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:

@@ -15,4 +15,4 @@ class SwiGLU:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's part [tokens, hidden]."""
         backend = self._backend
-        return backend.linear(backend.swiglu(backend.linear(x, self._gate_up)), self._down)
+        return backend.linear(backend.swiglu_linear(x, self._gate_up), self._down)

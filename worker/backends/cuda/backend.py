@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from kv.tensors import LayerCache
+from worker.backends.cuda.comm import CudaCommunicator
 from worker.backends.cuda.elementwise import Elementwise
 from worker.backends.cuda.launch import Kernels
 from worker.backends.cuda.linear import Linear
@@ -48,9 +49,9 @@ class CudaBackend:
         return self._linear(x, weight, torch.float32)
 
     def swiglu_linear(self, x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-        """Return ``swiglu(linear(x, gate_up))``, in one kernel for few rows."""
+        """See ``Backend.swiglu_linear``; one kernel for few rows."""
         fused = self._linear.gated(x, gate_up)
-        return self.swiglu(self._linear(x, gate_up)) if fused is None else fused
+        return self._elementwise.swiglu(self._linear(x, gate_up)) if fused is None else fused
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See ``Backend.rms_norm``."""
@@ -72,12 +73,11 @@ class CudaBackend:
     ) -> torch.Tensor:
         """See ``Backend.reduce_add_norm``."""
         if comm.topology.tp > 1:
+            assert isinstance(comm, CudaCommunicator)
+            if comm.fuses(update):
+                return comm.all_reduce_norm(update, residual, weight, eps)
             comm.all_reduce(update)
         return self._elementwise.add_norm(residual, update, weight, eps)
-
-    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """See ``Backend.swiglu``."""
-        return self._elementwise.swiglu(gate_up)
 
     def embed(self, token_ids: torch.Tensor, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:
         """See ``Backend.embed``."""

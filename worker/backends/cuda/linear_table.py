@@ -50,7 +50,50 @@ GATED = {
 }
 """The same for products with [gate | up] that end in SwiGLU."""
 
-MEASURED: dict[tuple[bool, int, int, int], Choice] = {}
+MEASURED: dict[tuple[bool, int, int, int], Choice] = {
+    (False, 1, 6144, 4096): Choice("ring_8_1_1_1_8"),
+    (False, 2, 6144, 4096): Choice("ring_8_1_1_1_8", 4),
+    (False, 4, 6144, 4096): Choice("ring_8_1_1_1_8"),
+    (False, 8, 6144, 4096): Choice("ring_8_1_1_1_8", 4),
+    (False, 16, 6144, 4096): Choice("cublas"),
+    (False, 24, 6144, 4096): Choice("cublas"),
+    (False, 32, 6144, 4096): Choice("cublas"),
+    (False, 1, 4096, 4096): Choice("ring_8_1_1_1_8", 4),
+    (False, 2, 4096, 4096): Choice("gemv_8_1_1_1_8", 4),
+    (False, 4, 4096, 4096): Choice("gemv_8_1_1_1_8", 4),
+    (False, 8, 4096, 4096): Choice("gemv_8_1_1_1_8", 4),
+    (False, 16, 4096, 4096): Choice("gemv_8_1_1_2_4", 4),
+    (False, 24, 4096, 4096): Choice("cublas"),
+    (False, 32, 4096, 4096): Choice("cublas"),
+    (False, 1, 28672, 4096): Choice("ring_8_1_1_1_8", 4),
+    (False, 2, 28672, 4096): Choice("ring_8_1_1_1_8"),
+    (False, 4, 28672, 4096): Choice("cublas"),
+    (False, 8, 28672, 4096): Choice("cublas"),
+    (False, 16, 28672, 4096): Choice("cublas"),
+    (False, 24, 28672, 4096): Choice("cublas"),
+    (False, 32, 28672, 4096): Choice("cublas"),
+    (True, 1, 14336, 4096): Choice("gated_ring_4_1_2_1_6"),
+    (True, 2, 14336, 4096): Choice("gated_ring_4_1_2_1_6"),
+    (True, 4, 14336, 4096): Choice("gated_ring_4_1_2_1_6", 4),
+    (True, 8, 14336, 4096): Choice("gated_ring_4_1_2_1_6", 4),
+    (True, 16, 14336, 4096): Choice("cublas"),
+    (True, 24, 14336, 4096): Choice("cublas"),
+    (True, 32, 14336, 4096): Choice("cublas"),
+    (False, 1, 4096, 14336): Choice("ring_8_1_1_1_12"),
+    (False, 2, 4096, 14336): Choice("ring_8_1_1_1_12"),
+    (False, 4, 4096, 14336): Choice("ring_8_1_1_1_12"),
+    (False, 8, 4096, 14336): Choice("ring_8_1_1_1_12"),
+    (False, 16, 4096, 14336): Choice("cublas"),
+    (False, 24, 4096, 14336): Choice("cublas"),
+    (False, 32, 4096, 14336): Choice("cublas"),
+    (False, 1, 128256, 4096): Choice("ring_8_1_1_1_12"),
+    (False, 2, 128256, 4096): Choice("ring_8_1_1_1_12"),
+    (False, 4, 128256, 4096): Choice("ring_2_4_1_1_8"),
+    (False, 8, 128256, 4096): Choice("ring_2_4_1_1_8"),
+    (False, 16, 128256, 4096): Choice("cublas"),
+    (False, 24, 128256, 4096): Choice("cublas"),
+    (False, 32, 128256, 4096): Choice("cublas"),
+}
 """(gated, rows, outputs, k) to the fastest. Gated: outputs are half of the weight's rows."""
 
 

@@ -1,0 +1,168 @@
+"""One rank on a GPU from its parts, and the order in which its memory is taken.
+
+Arena and KV range first, then everything that a step allocates (graphs, then the largest step), and
+last the KV blocks that the rest of the budget holds.
+"""
+
+import mmap
+from typing import Any
+
+import torch
+
+from kv.tensors import KVLayout, KVTensors, LayerCache
+from worker.assemble import RankLimits
+from worker.backends.cuda.attention import CudaAttention
+from worker.backends.cuda.backend import CudaBackend
+from worker.backends.cuda.comm import CudaCommunicator
+from worker.backends.cuda.device import Device
+from worker.backends.cuda.memory import DeviceRange
+from worker.backends.cuda.runner import CudaRunner
+from worker.backends.cuda.sampler import CudaSampler
+from worker.backends.cuda.step_inputs import StepInputs
+from worker.backends.cuda.warmup import CudaWarmUp, warm_blocks
+from worker.boot import BootWork
+from worker.layers.parts import Parts
+from worker.layers.weights import Weights
+from worker.models.base import build
+from worker.steps import StepTimes
+
+SPARE_BYTES = 2 << 30
+"""Addresses that KV has beyond the plan, for what the plan charged and the device did not need."""
+MARGIN_BYTES = 64 << 20
+"""What stays free of a budget: the allocator's pieces need not fall the same way in every step."""
+
+
+class _ByGroup:
+    """The attention of a layer's own KV group."""
+
+    def __init__(self, attention: tuple[CudaAttention, ...]) -> None:
+        self._attention = attention
+
+    def run(self, queries: torch.Tensor, cache: LayerCache, plan: Any) -> torch.Tensor:
+        """See ``CudaAttention.run``."""
+        return self._attention[cache.group].run(queries, cache, plan)
+
+
+class Assembled:
+    """A rank that can run steps once its weights are placed."""
+
+    def __init__(self, work: BootWork, device: Device, comm: CudaCommunicator) -> None:
+        boot, spec, topology = work.boot, work.spec, comm.topology
+        self._device, self._comm, self._limits = device, comm, RankLimits.of(boot)
+        layers = work.stages[topology.stage(boot.rank)]
+        self._block_bytes = boot.kv_bytes // boot.num_blocks
+        self._most_blocks = boot.num_blocks + (SPARE_BYTES // self._block_bytes if device.is_alone else 0)
+        self._arena = DeviceRange(device.ordinal, work.held.size)
+        self._arena.map(0, self._arena.size)
+        granule = self._arena.granule
+        self._layout = KVLayout.of(
+            spec,
+            layers,
+            topology.tp,
+            self._most_blocks,
+            boot.block_tokens,
+            self._block_bytes * self._most_blocks,
+            granule,
+        )
+        self._kv = DeviceRange(device.ordinal, self._layout.size_bytes)
+        self._mapped_blocks = 0
+        self._map_blocks(min(warm_blocks(self._limits), boot.num_blocks))
+        cache = KVTensors(spec, topology.tp, self._layout, self._kv)
+        max_blocks = -(-boot.context // boot.block_tokens)
+        self._attention = tuple(
+            CudaAttention(
+                device.kernels,
+                device.operators,
+                heads=spec.heads // topology.tp,
+                kv_heads=group.local_heads(topology.tp),
+                key_dim=group.key_dim,
+                value_dim=group.value_dim,
+                dtype=getattr(torch, spec.dtype),
+                block_tokens=boot.block_tokens,
+                max_rows=boot.max_rows,
+                max_blocks=max_blocks,
+                step_tokens=boot.step_tokens,
+                device=device.torch_device,
+            )
+            for group in spec.kv_groups
+        )
+        backend = CudaBackend(device.torch_device, device.kernels, _ByGroup(self._attention))
+        weights = Weights(work.held, topology.tp, topology.tp_rank(boot.rank), self._arena)
+        with device.torch_device:
+            model = build(
+                Parts(weights, cache, backend, comm),
+                spec,
+                layers,
+                boot.context,
+                is_first=topology.is_first(boot.rank),
+                is_last=topology.is_last(boot.rank),
+            )
+        inputs = StepInputs(
+            device.kernels,
+            device.torch_device,
+            groups=len(spec.kv_groups),
+            max_rows=boot.max_rows,
+            max_blocks=max_blocks,
+            max_tokens=boot.step_tokens,
+            block_tokens=boot.block_tokens,
+        )
+        sampler = None
+        if topology.is_last(boot.rank):
+            sampler = CudaSampler(
+                device.kernels,
+                comm,
+                device.torch_device,
+                spec.vocab_size,
+                boot.max_rows,
+                inputs.last_tokens,
+            )
+        self.runner = CudaRunner(
+            spec, model, self._attention, sampler, inputs, comm, self._limits.batch(spec), device
+        )
+        self._warm_up = CudaWarmUp(self.runner, comm, spec, self._limits)
+
+    def place(self, memory: mmap.mmap) -> None:
+        """Copy the weights, which lie in the arena's layout, to the device; ``memory`` is closed."""
+        size = min(len(memory), self._arena.size)
+        host = torch.frombuffer(memory, dtype=torch.uint8, count=size)
+        self._arena.view(torch.uint8, size, 0).copy_(host)
+        torch.cuda.synchronize()
+
+    def warm_up(self) -> StepTimes:
+        """Capture the graphs and run the largest steps; return what steps take."""
+        self.runner.capture()
+        return self._warm_up.run()
+
+    def map_rest(self) -> int:
+        """Give KV what is left of the budget; return its blocks."""
+        blocks = self._limits.num_blocks
+        if self._device.is_alone:
+            left = self._device.budget_bytes - self._device.used_bytes() - MARGIN_BYTES
+            # Each layer's run of blocks is rounded up to a granule.
+            left -= self._kv.granule * len(self._layout.offsets)
+            blocks = min(self._mapped_blocks + max(left, 0) // self._block_bytes, self._most_blocks)
+        self._map_blocks(blocks)
+        return blocks
+
+    def lines(self) -> dict[str, int]:
+        """Return the measured lines of the memory plan, bytes."""
+        found = {
+            "weights": self._arena.mapped_bytes,
+            "kv cache": self._kv.mapped_bytes,
+            "communicator": self._comm.buffer_bytes,
+            "workspace": sum(attention.workspace_bytes for attention in self._attention),
+        }
+        found["activations"] = torch.cuda.memory_reserved() - found["workspace"]
+        if self._device.is_alone:
+            found["runtime"] = self._device.used_bytes() - sum(found.values())
+        return found
+
+    def _map_blocks(self, blocks: int) -> None:
+        """Have the first ``blocks`` of every layer mapped."""
+        granule = self._kv.granule
+        for layer, offset in self._layout.offsets.items():
+            page = self._layout.layer_bytes[layer] // self._layout.num_blocks
+            start = -(-self._mapped_blocks * page // granule) * granule
+            end = -(-blocks * page // granule) * granule
+            self._kv.map(offset + start, end - start)
+        self._mapped_blocks = blocks
