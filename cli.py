@@ -111,6 +111,10 @@ def _json_option(function: F) -> F:
     return option(function)
 
 
+def _devices(_ctx: click.Context, _option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(value.split(","))
+
+
 def _layout_options(function: F) -> F:
     """Add what ``serve`` takes and what ``run`` and ``chat`` pass on to the server that they start."""
     for option in reversed(
@@ -122,6 +126,9 @@ def _layout_options(function: F) -> F:
             ),
             click.option(
                 "--dtype", type=click.Choice(["float32", "bfloat16"]), help="[float32; bfloat16 on a GPU]"
+            ),
+            click.option(
+                "--devices", callback=_devices, help="Where ranks run, with commas between them [cpu]."
             ),
             click.option("--memory", type=_Gib(), help="What one device may use, over all its ranks."),
             click.option(
@@ -164,6 +171,7 @@ def _serve_command(model: str, name: str, options: dict[str, Any]) -> list[str]:
         if value is not None:
             # A size is bytes once it is parsed, and GiB on a command line.
             text = f"{value / GIB!r}" if option == "memory" else f"{value}"
+            text = ",".join(value) if option == "devices" else text
             command += [f"--{option.replace('_', '-')}", text]
     return command
 
@@ -185,10 +193,6 @@ def _server(name: str | None, start: list[str] | None) -> "Iterator[tuple[Client
             os.close(pidfd)
 
 
-def _devices(_ctx: click.Context, _option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(value.split(","))
-
-
 @main.command()
 @click.option("--model", required=True, help="A short name, a repository or a directory.")
 @click.option("--name", help="What this server is found by [the model's name].")
@@ -198,7 +202,6 @@ def _devices(_ctx: click.Context, _option: click.Parameter, value: str | None) -
 @click.option(
     "--step-tokens", type=click.IntRange(1), help="Tokens of the largest step [512; 8192 on a GPU]."
 )
-@click.option("--devices", callback=_devices, help="Where ranks run, with commas between them [cpu].")
 @click.option("--max-restarts", type=click.IntRange(0), help="Faults in a row before it gives up [0].")
 @click.option("--while-stdin", is_flag=True, hidden=True, help="Stop when standard input is closed.")
 @_json_option

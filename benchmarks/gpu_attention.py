@@ -228,7 +228,7 @@ def main() -> None:
     print(table(figures))
     if arguments.json is not None:
         facts = {name: str(value) for name, value in vars(arguments).items() if name != "json"}
-        facts |= {"device": torch.cuda.get_device_name(0), "torch": torch.__version__}
+        facts |= {"device": torch.cuda.get_device_name(0), "torch": str(torch.__version__)}
         arguments.json.write_bytes(as_data(figures, facts))
 
 

@@ -1,4 +1,4 @@
-"""One rank on the first GPU in this process, driven as ``tests.golden.harness`` drives its threads."""
+"""One rank on the first GPU in this process: takes plans and answers them, without an orchestrator."""
 
 import mmap
 import queue
@@ -30,9 +30,10 @@ BUDGET_BYTES = 8 << 30
 
 
 @cache
-def device() -> Device:
-    """The first GPU, opened once: its stream stays current."""
-    return Device.open(0, Path(tempfile.mkdtemp(prefix="tandem-kernels-")), BUDGET_BYTES, is_alone=False)
+def device(kernel_cache: Path | None) -> Device:
+    """The first GPU, opened once: its stream stays current. Without a cache, kernels are compiled anew."""
+    directory = kernel_cache or Path(tempfile.mkdtemp(prefix="tandem-kernels-"))
+    return Device.open(0, directory, BUDGET_BYTES, is_alone=False)
 
 
 @dataclass
@@ -47,10 +48,12 @@ class CudaInstance:
     num_steps: int = 0
 
     def send(self, plan: StepPlan) -> None:
+        """Give the rank a plan; returns when it is queued."""
         self.num_steps += 1
         self.assembled.runner.step(plan, self.results.put)
 
     def result(self) -> StepResult:
+        """Wait for the next answer."""
         found = self.results.get(timeout=WAIT_S)
         if isinstance(found, Exception):
             raise found
@@ -68,6 +71,7 @@ def cuda_instance(
     block_tokens: int = 16,
     context: int = 512,
     has_graphs: bool = True,
+    kernel_cache: Path | None = None,
 ) -> Iterator[CudaInstance]:
     """Load a model directory and run its one rank until the block ends."""
     topology, spec = Topology(), load_spec(directory, dtype)
@@ -103,7 +107,7 @@ def cuda_instance(
     )
     held = arena(spec, topology, stages, 0)
     work = BootWork(boot, spec, held, stages, memory, Spans(0), lambda: None)
-    assembled = Assembled(work, device(), CudaCommunicator(0, topology))
+    assembled = Assembled(work, device(kernel_cache), CudaCommunicator(0, topology))
     assembled.place(memory)
     if has_graphs:
         assembled.warm_up()
