@@ -1,8 +1,8 @@
 """Where does a decode step's time go on a GPU, and is the device ever idle between two of them?
 
-One rank in this process, without orchestrator, sockets and text: rows of 128 tokens, then decode steps
-whose plans are given one step ahead, as the engine gives them. The device's own clock (events round each
-graph replay) times a step and the gap before the next; the profiler, in a run of its own, names the kernels.
+One rank in this process, without orchestrator, sockets and text: steps of several shapes, then rows of 128
+tokens that decode, planned one step ahead, as the engine does. The device's own clock (events round each
+graph replay) times a step and the gap before the next; the profiler, in a run of its own, names kernels.
 
     python -m benchmarks.gpu_step --model /dev/shm/llama-3-8b [--rows 1 8 64 256] [--json FILE]
 """
@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from benchmarks.gpu_rank import CudaInstance, cuda_instance
 from protocol.control import Advance, NewRow, StepPlan
 from protocol.sampling import SamplingParams
+from worker.backends.cuda.graphs import StepKind
 
 PROMPT_TOKENS = 128
 STEPS = 64
@@ -92,10 +93,10 @@ class Replays:
     def __exit__(self, *_: object) -> None:
         self._graphs.run = self._run  # type: ignore[method-assign]
 
-    def _timed(self, size: int, is_full: bool) -> None:
+    def _timed(self, size: int, kind: StepKind) -> None:
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         before.record()
-        self._run(size, is_full)
+        self._run(size, kind)
         after.record()
         self._events.append((before, after))
 
@@ -114,10 +115,33 @@ class Replays:
         }
 
 
-def kernels(rows: Rows) -> list[dict[str, Any]]:
-    """Return what the device runs in one step, by kernel, most time first."""
+def run_alone(instance: CudaInstance, lengths: list[int], step: int) -> tuple[float, int]:
+    """Run one step of new rows of these lengths; return its seconds, plans and answers included."""
+    draw, new, first = random.Random(1), [], 0
+    for slot, tokens in enumerate(lengths):
+        blocks = list(range(first, first - (-tokens // BLOCK_TOKENS)))
+        first += len(blocks)
+        ids = [draw.randrange(instance.spec.vocab_size) for _ in range(tokens)]
+        new.append(NewRow(slot, ids, tokens, 0, (blocks,), SamplingParams(temperature=0.0, seed=0), [], 0))
+    advances = [Advance(row.slot, len(row.token_ids), None, wants_logits=True) for row in new]
+    torch.cuda.synchronize()
+    began_s = time.perf_counter()
+    instance.send(StepPlan(0, step, [], new, advances))
+    queued_s = time.perf_counter() - began_s
+    instance.result()
+    took_s = time.perf_counter() - began_s
+    print(
+        f"{lengths[:4]} …, {sum(lengths)} tokens: {took_s * 1e3:.2f} ms, queued in {queued_s * 1e3:.2f} ms"
+    )
+    instance.send(StepPlan(0, step + 1, [row.slot for row in new], [], []))
+    instance.result()
+    return took_s, step + 2
+
+
+def kernels(work: Callable[[], object]) -> list[dict[str, Any]]:
+    """Return what the device runs in one of ``PROFILED`` steps, by kernel, most time first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        rows.decode(PROFILED)
+        work()
         torch.cuda.synchronize()
     total: dict[str, list[float]] = defaultdict(list)
     for event in profile.events():
@@ -145,13 +169,23 @@ def measure(model: Path, sizes: list[int], cache: Path | None, dtype: str) -> It
     ) as instance:
         step = 0
         instance.assembled.runner.reset()
+        for lengths in ([32] + [1] * 31, [256] + [1] * 31, [512] + [1] * 31, [7000, 1192]):
+            for _ in range(3):
+                _, step = run_alone(instance, lengths, step)
+
+        def prefill() -> None:
+            nonlocal step
+            for _ in range(PROFILED):
+                _, step = run_alone(instance, [7000, 1192], step)
+
+        yield {"prefill": kernels(prefill)}
         for size in sizes:
             rows = Rows(instance, size, step)
             rows.prefill()
             rows.decode(8)
             with Replays(instance) as replays:
                 step_s = rows.decode(STEPS)
-            found = kernels(rows)
+            found = kernels(lambda rows=rows: rows.decode(PROFILED))  # type: ignore[misc]
             step = rows.release()
             yield {"rows": size, "step_ms": step_s * 1e3, **replays.figures(), "kernels": found}
 
@@ -169,6 +203,10 @@ def main() -> None:
     everything = []
     for one in measure(options.model, options.rows, options.kernels, options.dtype):
         everything.append(one)
+        if "prefill" in one:
+            for kernel in one["prefill"][: options.top]:
+                print(f"  {kernel['us']:9.1f} us {kernel['launches']:6.1f} x  {kernel['kernel']}")
+            continue
         print(
             f"{one['rows']} rows: step {one['step_ms']:.3f} ms, replay {one['replay_ms']:.3f}, gap "
             f"{one['gap_ms'] * 1e3:.1f} us, idle {one['idle_share'] * 100:.2f} %"

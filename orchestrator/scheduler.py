@@ -304,7 +304,8 @@ class Scheduler:
             budget -= self._advance_by_chunk(admitted, budget, rows, advances)
         if not rows:
             assert not new_rows
-            return None
+            # Where a row gave way in its own turn it is the next one's: nobody might ask again.
+            return self.plan(now) if any(request.holding is None for request in turn) else None
         plan = StepPlan(self._epoch, step, self._released, new_rows, advances)
         self._released = []
         self._in_flight.append(_Step(step, rows, advances))
@@ -376,7 +377,11 @@ class Scheduler:
         return request
 
     def _promised(self) -> int:
-        """Return the blocks that admitted rows still lack for the tokens they came with."""
+        """Return the blocks that running rows lack for their next tokens: theirs before the queue's.
+
+        Else a row that gave way could take back what it gave before the row that it made way for has a
+        turn, and give way again, for ever.
+        """
         return sum(
             max(
                 self.kv.blocks_needed(request.num_target, self._most_uncommitted)
@@ -384,7 +389,7 @@ class Scheduler:
                 0,
             )
             for request in self._running
-            if request.holding is not None and request.num_target - request.num_computed > 1
+            if request.holding is not None and request.num_target > request.holding.capacity
         )
 
     def _allocate(

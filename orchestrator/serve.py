@@ -6,6 +6,7 @@ once (128 + its number).
 """
 
 import asyncio
+import gc
 import signal
 import time
 import traceback
@@ -215,6 +216,9 @@ class _Server:
         self.engine = engine
         if self._lost is not None:
             engine.on_lost(self._lost)
+        # What a boot leaves stays: a collection that went through it would hold every stream up.
+        gc.collect()
+        gc.freeze()
         self._display.ready(report, self._home.say("ready"))
         return engine
 

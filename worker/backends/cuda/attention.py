@@ -1,5 +1,6 @@
 """Causal attention over the paged cache: planned once a step and KV group, run once a layer."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +75,8 @@ def _decode_paths(
             )
         else:
             continue
-        unserved.difference_update(rows)
+        if math.isinf(rule.below_context):
+            unserved.difference_update(rows)
     return paths
 
 
@@ -155,8 +157,18 @@ class CudaAttention:
         return sum(tensor.nbytes for tensor in tensors) + planned
 
     def decode_path(self, rows: int) -> DecodePath:
-        """Return the path that a decode step of so many rows takes."""
-        return self._decode_rule(rows).path
+        """Return the path that serves so many rows of any context."""
+        return self.decode_rules(rows)[-1].path
+
+    def decode_rule(self, rows: int, mean_context: float) -> DecodeRule:
+        """Return what serves a decode step of so many rows, with so many tokens each in the mean."""
+        return next(rule for rule in self._decode if rule.serves(rows, mean_context))
+
+    def decode_rules(self, rows: int) -> tuple[DecodeRule, ...]:
+        """Return what serves so many rows, whatever their contexts."""
+        found = [rule for rule in self._decode if rule.min_rows <= rows <= rule.max_rows]
+        last = next(i for i, rule in enumerate(found) if math.isinf(rule.below_context))
+        return tuple(found[: last + 1])
 
     @property
     def prefill_path(self) -> PrefillPath:
@@ -166,14 +178,21 @@ class CudaAttention:
         return "fa3" if self._prefill.is_fa3 else "fa2"
 
     def plan_decode(
-        self, rows: int, slots: torch.Tensor, kv_lengths: torch.Tensor, block_tables: torch.Tensor
+        self,
+        rows: int,
+        slots: torch.Tensor,
+        kv_lengths: torch.Tensor,
+        block_tables: torch.Tensor,
+        rule: DecodeRule | None = None,
     ) -> PagedPlan:
         """Prepare a step of one token a row. Capturable: everything that changes is read on the device.
 
-        ``slots`` and ``kv_lengths`` are int32 [rows] or longer, ``block_tables`` int32 [slots, max_blocks].
+        ``slots`` and ``kv_lengths`` are int32 [rows] or longer, ``block_tables`` int32 [slots, max_blocks];
+        ``rule`` is one of ``decode_rules``, None the one for any context.
         Run once outside of a capture first: operators load themselves at their first launch.
         """
-        part = self._decode_part(0, 0, Rows(rows, slots, kv_lengths, block_tables))
+        served = Rows(rows, slots, kv_lengths, block_tables)
+        part = self._decode_part(0, 0, served, rule or self.decode_rules(rows)[-1])
         return PagedPlan(rows, (part,))
 
     def plan_mixed(
@@ -202,7 +221,8 @@ class CudaAttention:
                 continue
             rows = Rows(last - first, slots_device[first:last], kv_lengths_device[first:last], block_tables)
             if is_decode:
-                parts.append(self._decode_part(first, q_starts[first], rows))
+                rule = self.decode_rule(rows.count, sum(kv_lengths[first:last]) / rows.count)
+                parts.append(self._decode_part(first, q_starts[first], rows, rule))
             else:
                 starts, lengths = q_starts[first : last + 1], kv_lengths[first:last]
                 parts.append(self._prefill_part(rows, starts, lengths, q_starts_device[first : last + 1]))
@@ -235,11 +255,8 @@ class CudaAttention:
                 part.launch(queries[tokens], cache, out[tokens])
         return out
 
-    def _decode_rule(self, rows: int) -> DecodeRule:
-        return next(rule for rule in self._decode if rule.min_rows <= rows <= rule.max_rows)
-
-    def _decode_part(self, first_row: int, first_token: int, rows: Rows) -> _Part:
-        path = self._decode[self._decode_rule(rows.count)]
+    def _decode_part(self, first_row: int, first_token: int, rows: Rows, rule: DecodeRule) -> _Part:
+        path = self._decode[rule]
         scratch, counters = self._scratch, self._counters
         if isinstance(path, OwnDecode):
             return _Part(first_token, rows.count, partial(path.launch, rows, scratch, counters))

@@ -3,6 +3,7 @@
 Set from ``benchmarks/gpu_attention.py``. FlashInfer's paths are there only where their operator was built.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,9 +22,17 @@ class DecodeRule:
     max_rows: int = 1 << 30
     split_tokens: int = 128
     """Our own kernels cut a row into blocks of at least so many tokens."""
+    below_context: float = math.inf
+    """Only where rows have fewer tokens than this in the mean."""
+
+    def serves(self, rows: int, mean_context: float) -> bool:
+        """Return whether it is preferred for such a step."""
+        return self.min_rows <= rows <= self.max_rows and mean_context < self.below_context
 
 
 DECODE_PATHS = (
+    DecodeRule("tensor", max_rows=2, split_tokens=64, below_context=1400),
+    DecodeRule("tensor", min_rows=33, split_tokens=256, below_context=384),
     DecodeRule("xqa"),
     DecodeRule("tensor", max_rows=16),
     DecodeRule("tensor", min_rows=17, split_tokens=512),

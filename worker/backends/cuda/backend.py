@@ -10,6 +10,7 @@ from worker.backends.cuda.comm import CudaCommunicator
 from worker.backends.cuda.elementwise import Elementwise
 from worker.backends.cuda.launch import Kernels
 from worker.backends.cuda.linear import Linear
+from worker.backends.cuda.pieces import Pieces
 from worker.comm import Communicator
 from worker.context import AttentionPlan
 
@@ -28,7 +29,7 @@ class CudaStepPlan(AttentionPlan):
     lines: torch.Tensor
     """int64 [tokens]: the cache line each token is written to, -1: none."""
     attention: Any
-    """What the attention prepared; only it looks inside."""
+    """What the attention prepared, and only it looks inside; or the ``Pieces`` that are being captured."""
 
 
 class CudaBackend:
@@ -93,4 +94,7 @@ class CudaBackend:
     def attend(self, rotated: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
         """See ``Backend.attend``."""
         assert isinstance(plan, CudaStepPlan)
+        if isinstance(plan.attention, Pieces):
+            width = rotated.shape[1] // cache.key_dim * cache.value_dim
+            return plan.attention.attend(rotated, cache, width)
         return self._attention.run(rotated, cache, plan.attention)

@@ -1,16 +1,30 @@
 """Captured decode steps at a ladder of batch sizes, all in one memory pool."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from worker.backends.cuda.attention_paths import DecodeRule
 
 LADDER = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Rows; a step is padded to the next one. Beyond the last: multiples of ``STRIDE``."""
 STRIDE = 64
 
-Run = Callable[[int, bool], None]
-"""Launches a decode step of so many rows; True: for rows that need more than the highest score."""
+
+@dataclass(frozen=True, slots=True)
+class StepKind:
+    """What of a decode step is decided on the host, beside its size."""
+
+    is_full: bool
+    """Whether a row needs more than the highest score."""
+    rules: tuple[DecodeRule, ...]
+    """What attends, by KV group."""
+
+
+Run = Callable[[int, StepKind], None]
+"""Launches a decode step of so many rows."""
 
 
 class DecodeGraphs:
@@ -22,44 +36,40 @@ class DecodeGraphs:
     def __init__(self, max_rows: int, run: Run) -> None:
         self._run = run
         self.sizes = ladder(max_rows)
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self._pool: Any = None
+        self._graphs: dict[tuple[int, StepKind], torch.cuda.CUDAGraph] = {}
+        self.pool: Any = None
+        """The memory of all of them; None before the first one."""
 
     def size_for(self, rows: int) -> int:
         """Return the least size that holds so many rows."""
         return next(size for size in self.sizes if size >= rows)
 
-    def capture(self, prepare: Callable[[int], None]) -> None:
-        """Capture every size, the largest first, so that the others fit into its memory.
+    def capture(self, size: int, kinds: Iterable[StepKind]) -> None:
+        """Capture a size, whose inputs are there. The largest first: the others fit in its memory."""
+        for kind in kinds:
+            self._graphs[size, kind] = self._captured(size, kind)
 
-        ``prepare`` brings the inputs of padded rows for a size.
-        """
-        for size in reversed(self.sizes):
-            prepare(size)
-            for is_full in (False, True):
-                self._graphs[size, is_full] = self._captured(size, is_full)
-
-    def run(self, size: int, is_full: bool) -> None:
+    def run(self, size: int, kind: StepKind) -> None:
         """Run a step whose inputs are on the device, on the current stream."""
-        graph = self._graphs.get((size, is_full))
+        graph = self._graphs.get((size, kind))
         if graph is None:
-            self._run(size, is_full)
+            self._run(size, kind)
         else:
             graph.replay()
 
-    def _captured(self, size: int, is_full: bool) -> torch.cuda.CUDAGraph:
+    def _captured(self, size: int, kind: StepKind) -> torch.cuda.CUDAGraph:
         # What a size needs for the first time, a library's kernel or a workspace, is made outside.
-        self._run(size, is_full)
+        self._run(size, kind)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         # Another thread may be waiting for an event meanwhile, which only a thread's own mode allows.
-        graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        graph.capture_begin(self.pool, capture_error_mode="thread_local")
         try:
-            self._run(size, is_full)
+            self._run(size, kind)
         finally:
             graph.capture_end()
-        if self._pool is None:
-            self._pool = graph.pool()
+        if self.pool is None:
+            self.pool = graph.pool()
         return graph
 
 

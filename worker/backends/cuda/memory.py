@@ -94,6 +94,13 @@ class DeviceRange:
         check(driver.cuMemAddressFree(driver.CUdeviceptr(self._base), self.size), "freeing addresses")
 
 
+def borrowed(x: torch.Tensor) -> torch.Tensor:
+    """Return contiguous ``x`` without holding its memory: for what a graph pool keeps, and reuses."""
+    assert x.is_contiguous()
+    whole = torch.as_tensor(_Bytes(x.data_ptr(), x.numel() * x.element_size()), device=x.device)
+    return whole.view(x.dtype).view(x.shape)
+
+
 def granule_bytes(ordinal: int) -> int:
     """Return what sizes and offsets of mappings must be multiples of."""
     flag = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM

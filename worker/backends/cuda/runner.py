@@ -9,20 +9,24 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
 
+from kv.tensors import LayerCache
 from models.spec import ModelSpec
 from protocol.control import PromptLogprobs, StepPlan, StepResult
-from worker.backends.cuda.attention import CudaAttention
+from worker.backends.cuda.attention import CudaAttention, PagedPlan
 from worker.backends.cuda.backend import CudaStepPlan
 from worker.backends.cuda.comm import CudaCommunicator
 from worker.backends.cuda.completions import Completions, Pending
 from worker.backends.cuda.device import Device
-from worker.backends.cuda.graphs import DecodeGraphs
+from worker.backends.cuda.graphs import DecodeGraphs, StepKind
+from worker.backends.cuda.pieces import SIZES, Inputs, Pieces, size_for
 from worker.backends.cuda.sampler import CudaSampler, SamplerOutputs
-from worker.backends.cuda.step_inputs import StepInputs
+from worker.backends.cuda.step_inputs import StepInputs, StepTensors
 from worker.batch import Batch, BatchLimits, Row, Scheduled
 from worker.context import StepContext
 from worker.models.base import StageModel
@@ -66,6 +70,8 @@ class CudaRunner:
         self._most_awaited = topology.pp + 1
         self._completions = Completions(device.torch_device)
         self._graphs = DecodeGraphs(limits.max_rows, self._run_decode)
+        self._pieces: dict[int, Pieces] = {}
+        self._most_pieces = 0
         rows = limits.max_rows
         self._outputs = SamplerOutputs.empty(rows, device.torch_device)
         self._copies = [
@@ -89,7 +95,15 @@ class CudaRunner:
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture the decode graphs over padded rows: no line of the cache is written."""
-        self._graphs.capture(lambda size: self._send_decode([], size))
+        for size in reversed(self._graphs.sizes):
+            self._send_decode([], size)
+            rules = product(*(attention.decode_rules(size) for attention in self._attention))
+            self._graphs.capture(size, (StepKind(*kind) for kind in product((False, True), rules)))
+        torch.cuda.synchronize()
+        self._most_pieces = min(SIZES[-1], self.limits.step_tokens)
+        for size in reversed(SIZES):
+            if size <= self._most_pieces:
+                self._pieces[size] = self._capture_pieces(size)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan, answer: Answer) -> None:
@@ -123,7 +137,9 @@ class CudaRunner:
         rows = len(scheduled)
         size = self._graphs.size_for(rows)
         self._send_decode(scheduled, size)
-        self._graphs.run(size, self._is_full(scheduled))
+        mean_context = sum(item.span.end for item in scheduled) / rows
+        rules = tuple(attention.decode_rule(size, mean_context) for attention in self._attention)
+        self._graphs.run(size, StepKind(self._is_full(scheduled), rules))
         self._hand_back(rows)
 
     def _send_decode(self, scheduled: Sequence[Scheduled], size: int) -> None:
@@ -134,14 +150,18 @@ class CudaRunner:
         starts[:rows] = [item.span.start for item in scheduled]
         self._inputs.send_decode(slots, starts)
 
-    def _run_decode(self, rows: int, is_full: bool) -> None:
+    def _run_decode(self, rows: int, kind: StepKind) -> None:
         """Launch a decode step of so many rows, padded ones among them; what a graph captures."""
         inputs = self._inputs.decode(rows)
         plans = tuple(
             CudaStepPlan(
                 inputs.lines[group],
                 attention.plan_decode(
-                    rows, inputs.slots, inputs.kv_lengths, self._inputs.block_tables[group]
+                    rows,
+                    inputs.slots,
+                    inputs.kv_lengths,
+                    self._inputs.block_tables[group],
+                    kind.rules[group],
                 ),
             )
             for group, attention in enumerate(self._attention)
@@ -150,7 +170,7 @@ class CudaRunner:
         if self._sampler is not None:
             # The noise of a token is keyed by how many its row knows.
             logits = self._model.logits(hidden)
-            self._sampler.sample(logits, inputs.slots, inputs.kv_lengths, self._outputs, is_full)
+            self._sampler.sample(logits, inputs.slots, inputs.kv_lengths, self._outputs, kind.is_full)
 
     def _mixed(self, scheduled: Sequence[Scheduled]) -> list[_Scores]:
         wanting = [item for item in scheduled if item.wants_logits]
@@ -171,20 +191,17 @@ class CudaRunner:
         q_starts = [*(item.span.offset for item in scheduled), len(token_ids)]
         kv_lengths = [item.span.end for item in scheduled]
         plans = tuple(
-            CudaStepPlan(
-                inputs.lines[group],
-                attention.plan_mixed(
-                    q_starts,
-                    kv_lengths,
-                    inputs.slots,
-                    inputs.q_starts,
-                    inputs.kv_lengths,
-                    self._inputs.block_tables[group],
-                ),
+            attention.plan_mixed(
+                q_starts,
+                kv_lengths,
+                inputs.slots,
+                inputs.q_starts,
+                inputs.kv_lengths,
+                self._inputs.block_tables[group],
             )
             for group, attention in enumerate(self._attention)
         )
-        hidden = self._run_stage(inputs.token_ids, StepContext(inputs.positions, plans))
+        hidden = self._run_mixed(inputs, plans)
         if self._sampler is None:
             return []
         if wanting:
@@ -197,6 +214,41 @@ class CudaRunner:
             )
             self._hand_back(len(wanting))
         return self._score_prompts(scheduled, hidden)
+
+    def _run_mixed(self, inputs: StepTensors, plans: tuple[PagedPlan, ...]) -> torch.Tensor:
+        tokens = inputs.token_ids.shape[0]
+        pieces = self._pieces.get(size_for(tokens, self._most_pieces) or 0)
+        if pieces is None:
+            planned = tuple(
+                CudaStepPlan(lines, plan) for lines, plan in zip(inputs.lines, plans, strict=True)
+            )
+            return self._run_stage(inputs.token_ids, StepContext(inputs.positions, planned))
+        static = pieces.inputs
+        static.token_ids[:tokens].copy_(inputs.token_ids)
+        static.positions[:tokens].copy_(inputs.positions)
+        static.lines.fill_(-1)
+        static.lines[:, :tokens].copy_(inputs.lines)
+        return pieces.run(
+            tokens,
+            [
+                partial(_attend, attention, plan)
+                for attention, plan in zip(self._attention, plans, strict=True)
+            ],
+        )
+
+    def _capture_pieces(self, size: int) -> Pieces:
+        device, groups = self._device.torch_device, len(self._attention)
+        zeros = torch.zeros(size, dtype=torch.int64, device=device)
+        lines = torch.full((groups, size), -1, dtype=torch.int64, device=device)
+        pieces = Pieces(Inputs(zeros, torch.zeros_like(zeros), lines))
+        static = pieces.inputs
+
+        def forward(between: Pieces) -> torch.Tensor:
+            plans = tuple(CudaStepPlan(lines, between) for lines in static.lines)
+            return self._run_stage(static.token_ids, StepContext(static.positions, plans))
+
+        pieces.capture(self._graphs.pool, forward)
+        return pieces
 
     def _run_stage(self, token_ids: torch.Tensor, step: StepContext) -> torch.Tensor:
         if self._is_first:
@@ -302,6 +354,16 @@ class CudaRunner:
         tokens = self._comm.tokens_from_last_stage(len(slots))
         where = torch.tensor(slots, pin_memory=True).to(self._device.torch_device, non_blocking=True)
         self._inputs.last_tokens.index_copy_(0, where, tokens)
+
+
+def _attend(
+    attention: CudaAttention,
+    plan: PagedPlan,
+    queries: torch.Tensor,
+    cache: LayerCache,
+    out: torch.Tensor,
+) -> None:
+    attention.run(queries, cache, plan, out)
 
 
 def _feeds_on_sampled(item: Scheduled) -> bool:
