@@ -8,7 +8,8 @@ Order of a step: running rows with one token to go, running rows with more, then
 where not everybody fits in a step, it is of those who have waited longest for a turn. The queue runs by
 arrival, where a point of priority is worth ``AGE_S`` of waiting: so a request can only be overtaken by
 those that come within its disadvantage × ``AGE_S`` after it, and nobody starves. When blocks run out, the
-last of that same order gives way; the first never does, so there is always progress.
+last of that same order gives way; the first never does, and what is given goes to rows that run before it
+goes to the queue: so there is always progress.
 """
 
 import heapq

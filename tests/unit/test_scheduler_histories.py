@@ -239,6 +239,8 @@ class Histories(RuleBasedStateMachine):
     def send(self) -> bool:
         plan = self.scheduler.plan(self.now)
         if plan is None:
+            # Nobody else would ask again.
+            assert self.plans or self.scheduler.is_idle, "nothing is in flight and nothing is planned"
             return False
         assert len(self.plans) < self.config.depth
         live = {b for step in self.touched for blocks in step.values() for b in blocks}

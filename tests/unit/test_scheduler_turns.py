@@ -17,24 +17,33 @@ TOKENS = 60
 class Pipeline:
     """A scheduler and its rank, with as many steps in flight as there may be."""
 
-    def __init__(self, pp: int, step_tokens: int = 8) -> None:
+    def __init__(self, pp: int, step_tokens: int = 8, num_blocks: int = 200, max_rows: int = MAX_ROWS) -> None:
         groups = (group("g"),)
-        config = SchedulerConfig(1, MAX_ROWS, step_tokens, 64, pp, max_waiting=100)
-        self.scheduler = Scheduler(config, KVManager(200, BLOCK, groups))
-        self.rank = Rank(groups, MAX_ROWS, step_tokens)
+        config = SchedulerConfig(1, max_rows, step_tokens, 64, pp, max_waiting=100)
+        self.scheduler = Scheduler(config, KVManager(num_blocks, BLOCK, groups))
+        self.rank = Rank(groups, max_rows, step_tokens)
         self.plans: deque[StepPlan] = deque()
         self.counts: dict[Request, int] = {}
 
-    def add(self, prompt: list[int]) -> Request:
-        request = request_of(prompt, float(len(self.counts)), max_tokens=TOKENS - len(prompt))
+    def add(self, prompt: list[int], max_tokens: int | None = None) -> Request:
+        max_tokens = TOKENS - len(prompt) if max_tokens is None else max_tokens
+        request = request_of(prompt, float(len(self.counts)), max_tokens=max_tokens)
         self.scheduler.add(request)
         self.counts[request] = 0
         return request
 
     def turn(self) -> StepPlan:
         """Fill the pipeline, and take one step's result; return its plan."""
+        self.fill()
+        return self.take()
+
+    def fill(self) -> None:
+        """Plan until there is nothing to run or enough is in flight."""
         while (plan := self.scheduler.plan(0.0)) is not None:
             self.plans.append(plan)
+
+    def take(self) -> StepPlan:
+        """Take the oldest step's result; return its plan."""
         done = self.plans.popleft()
         for output in self.scheduler.commit(self.rank.run(done)):
             self.counts[output.request] += len(output.token_ids)
@@ -87,3 +96,29 @@ def test_a_long_prompt_that_comes_in_leaves_the_others_their_tokens(pp: int) -> 
         counts.append(pipeline.counts[short])
     # It had a turn at least every third step, as one of three rows.
     assert all(later > earlier for earlier, later in zip(counts, counts[3:], strict=False))
+
+
+@pytest.mark.parametrize("pp", [1, 2, 3])
+def test_a_row_that_gave_way_does_not_take_back_what_it_gave(pp: int) -> None:
+    # Each begins with one of three blocks and grows to two, so the second gives way. With stages the queue
+    # asks before rows that run: it asks for its blocks again before the first has taken one of them.
+    pipeline = Pipeline(pp, step_tokens=2, num_blocks=3, max_rows=2)
+    first, second = pipeline.add([1], max_tokens=6), pipeline.add([2, 2, 2], max_tokens=5)
+    for _ in range(40):
+        if pipeline.scheduler.is_idle:
+            break
+        pipeline.turn()
+    assert (pipeline.counts[first], pipeline.counts[second]) == (6, 5)
+    assert pipeline.scheduler.counters.preemptions == 1
+
+
+def test_when_a_row_gives_way_in_its_own_turn_the_next_one_has_it() -> None:
+    # One row a step. The second's turn comes when all results are in, and no block is left for it.
+    pipeline = Pipeline(2, step_tokens=6, num_blocks=2, max_rows=2)
+    first, second = pipeline.add([1, 1], max_tokens=3), pipeline.add([2, 2, 2, 2], max_tokens=4)
+    for _ in range(20):
+        pipeline.fill()
+        assert pipeline.plans or pipeline.scheduler.is_idle, "requests wait, and no step can run"
+        while pipeline.plans:
+            pipeline.take()
+    assert (pipeline.counts[first], pipeline.counts[second]) == (3, 4)
