@@ -17,7 +17,9 @@ TOKENS = 60
 class Pipeline:
     """A scheduler and its rank, with as many steps in flight as there may be."""
 
-    def __init__(self, pp: int, step_tokens: int = 8, num_blocks: int = 200, max_rows: int = MAX_ROWS) -> None:
+    def __init__(
+        self, pp: int, step_tokens: int = 8, num_blocks: int = 200, max_rows: int = MAX_ROWS
+    ) -> None:
         groups = (group("g"),)
         config = SchedulerConfig(1, max_rows, step_tokens, 64, pp, max_waiting=100)
         self.scheduler = Scheduler(config, KVManager(num_blocks, BLOCK, groups))
