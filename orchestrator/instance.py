@@ -27,6 +27,7 @@ from orchestrator.budget import (
 )
 from orchestrator.config import ServeConfig
 from orchestrator.scheduler import Scheduler, SchedulerConfig
+from protocol.abort_page import make_page
 from protocol.client import Info
 from protocol.control import Boot, Ready
 from protocol.errors import InvalidRequestError, StorageError
@@ -95,7 +96,14 @@ class Blueprint(msgspec.Struct, frozen=True):
             f"{size(sum(self.arena_bytes))} of weights"
         )
 
-    def boots(self, epoch: int, arena_fds: Sequence[int], rendezvous: Path) -> list[Boot]:
+    @property
+    def waits_on_devices(self) -> bool:
+        """Whether kernels of its ranks wait for each other, so that they need an abort page."""
+        return self.topology.world_size > 1 and device_kind(self.config.devices) != "cpu"
+
+    def boots(
+        self, epoch: int, arena_fds: Sequence[int], rendezvous: Path, page_fd: int | None
+    ) -> list[Boot]:
         """Return what each rank is told."""
         config = self.config
         return [
@@ -122,6 +130,7 @@ class Blueprint(msgspec.Struct, frozen=True):
                 threads=self.threads,
                 rendezvous=str(rendezvous),
                 collective_timeout_s=config.deadlines.collective_s,
+                page_fd=page_fd,
             )
             for rank in self.plan.ranks
         ]
@@ -204,6 +213,16 @@ def make_arenas(sizes: Sequence[int], stack: AsyncExitStack) -> list[int]:
             ) from None
         fds.append(fd)
     return fds
+
+
+def make_abort_page(stack: AsyncExitStack) -> int:
+    """Return the descriptor of an epoch's abort page; the stack closes it. Errors: ``StorageError``."""
+    try:
+        fd = make_page()
+    except OSError as error:
+        raise StorageError(f"the abort page cannot be made: {error.strerror}") from None
+    stack.callback(os.close, fd)
+    return fd
 
 
 class Home:

@@ -38,11 +38,18 @@ def rank_environment(environment: Mapping[str, str], threads: int) -> dict[str, 
     # A thread that waits at a barrier gives its core away after a moment: to spin for as long as OpenMP
     # does by itself makes every step twice as long where other work wants the cores, and not to spin at all
     # costs an eighth on a quiet machine (docs/decisions.md).
-    return kept | {
-        "OMP_NUM_THREADS": str(threads),
-        "GOMP_SPINCOUNT": "20000",
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-    }
+    # Multicast is for those who ask for it: where a machine offers it and cannot do it, it fails late.
+    return (
+        {"NCCL_NVLS_ENABLE": "0"}
+        | kept
+        | {
+            "OMP_NUM_THREADS": str(threads),
+            "GOMP_SPINCOUNT": "20000",
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            # A quarter of what NCCL's buffers take by themselves.
+            "NCCL_BUFFSIZE": "1048576",
+        }
+    )
 
 
 class RankProcess(Protocol):

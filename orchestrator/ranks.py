@@ -63,6 +63,7 @@ class Ranks:
                     deadlines,
                     on_lost=self._on_lost,
                     on_output=events.on_output,
+                    page_fd=boots[0].page_fd,
                 )
             except BaseException:
                 abandon(processes)

@@ -18,7 +18,7 @@ from orchestrator.budget import device_kind
 from orchestrator.config import ServeConfig
 from orchestrator.display import Display
 from orchestrator.engine import Engine
-from orchestrator.instance import Blueprint, Home, make_arenas
+from orchestrator.instance import Blueprint, Home, make_abort_page, make_arenas
 from orchestrator.launcher import Launcher, LaunchOrder, LocalLauncher, rank_environment
 from orchestrator.ranks import RankEvents, Ranks
 from orchestrator.supervisor import RankLostError, StepClock, fault_error, restart_policy, status_words
@@ -130,10 +130,11 @@ class _Server:
             blueprint = Blueprint.of(self._config)
             arenas = await stack.enter_async_context(AsyncExitStack())
             arena_fds = make_arenas(blueprint.arena_bytes, arenas)
+            page_fd = make_abort_page(stack) if blueprint.waits_on_devices else None
         self._home.planned_bytes = blueprint.planned_bytes
         self._home.say("starting")
         with self._spans.span("launch"):
-            ranks = await stack.enter_async_context(self._launch(blueprint, arena_fds))
+            ranks = await stack.enter_async_context(self._launch(blueprint, arena_fds, page_fd))
             self._statuses = ranks.statuses
         self._display.boot_begins(blueprint.title, blueprint.topology.world_size)
         gateway_stack = await stack.enter_async_context(AsyncExitStack())
@@ -154,12 +155,12 @@ class _Server:
         await ranks.end(politely=True)
         return 0
 
-    def _launch(self, blueprint: Blueprint, arena_fds: list[int]) -> Ranks:
+    def _launch(self, blueprint: Blueprint, arena_fds: list[int], page_fd: int | None) -> Ranks:
         order = LaunchOrder(
             address=self._home.directory.control_address,
             epoch=FIRST_EPOCH,
             world_size=blueprint.topology.world_size,
-            inherited_fds=tuple(arena_fds),
+            inherited_fds=(*arena_fds, *(() if page_fd is None else (page_fd,))),
             environment=rank_environment(self._config.environment, blueprint.threads),
         )
         events = RankEvents(
@@ -168,7 +169,8 @@ class _Server:
             on_progress=self._display.progress,
             on_output=self._display.output,
         )
-        boots = blueprint.boots(FIRST_EPOCH, arena_fds, self._home.directory.rendezvous(FIRST_EPOCH))
+        rendezvous = self._home.directory.rendezvous(FIRST_EPOCH)
+        boots = blueprint.boots(FIRST_EPOCH, arena_fds, rendezvous, page_fd)
         return Ranks(self._launcher, order, boots, self._deadlines, events)
 
     async def _boot(self, blueprint: Blueprint, ranks: Ranks, stack: AsyncExitStack) -> Engine:

@@ -13,6 +13,7 @@ from typing import Final, Protocol
 from orchestrator.config import Deadlines
 from orchestrator.launcher import RankProcess
 from orchestrator.output import OutputPipe
+from protocol.abort_page import write_abort
 from protocol.control import Fault, FaultKind, Ready
 from protocol.errors import ErrorInfo, InstanceFailedError, InvalidRequestError, TandemError, from_info
 
@@ -104,8 +105,9 @@ class Supervisor:
     """Watches one epoch's processes and is their one reaper.
 
     ``on_lost`` is called once at most, with the most telling of the faults found within ``SETTLE_S``.
-    ``on_output(ranks, line)`` gets what they write to standard error. ``end`` must be awaited before the
-    supervisor is let go, whatever happened.
+    ``on_output(ranks, line)`` gets what they write to standard error. ``page_fd``: the abort page of ranks
+    whose kernels wait for each other; it is written before anyone hears of a fault or is signalled. ``end``
+    must be awaited before the supervisor is let go, whatever happened.
     """
 
     def __init__(
@@ -116,12 +118,14 @@ class Supervisor:
         *,
         on_lost: Callable[[Fault], None],
         on_output: Callable[[tuple[int, ...], str], None],
+        page_fd: int | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._processes = tuple(processes)
         self._epoch = epoch
         self._deadlines = deadlines
         self._on_lost = on_lost
+        self._page_fd = page_fd
         self._faults: list[tuple[int, Fault]] = []
         self._finishing: asyncio.Task[None] | None = None
         self._settling: asyncio.TimerHandle | None = None
@@ -153,6 +157,8 @@ class Supervisor:
 
     def _declare(self) -> None:
         if not self._is_ending:
+            # Not at the first word: peers that are told to give up say so, and that is no cause.
+            self._end_waiting()
             self._on_lost(max(self._faults, key=lambda found: found[0])[1])
 
     def _ended(self, process: RankProcess) -> None:
@@ -201,6 +207,7 @@ class Supervisor:
         deadlines = self._deadlines
         is_gone = politely and await self._gone_within(deadlines.stop_s)
         if not is_gone:
+            self._end_waiting()
             self._signal(signal.SIGTERM)
             # One that is stopped takes no signal but SIGKILL before it goes on.
             self._signal(signal.SIGCONT)
@@ -217,6 +224,11 @@ class Supervisor:
             raise InstanceFailedError(
                 f"processes do not end though killed (rank: pid): {left}; the kernel holds them"
             )
+
+    def _end_waiting(self) -> None:
+        """End the kernels that wait for a rank: while they run, their device is not given back."""
+        if self._page_fd is not None:
+            write_abort(self._page_fd)
 
     def _signal(self, number: int) -> None:
         for process in self._processes:

@@ -152,6 +152,8 @@ class Boot(msgspec.Struct, frozen=True, array_like=True, tag="boot"):
     rendezvous: str
     """A file in the private directory, for torch.distributed's FileStore."""
     collective_timeout_s: float
+    page_fd: int | None = None
+    """The abort page's descriptor, inherited (``protocol.abort_page``); None: no GPU waits for a peer."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):

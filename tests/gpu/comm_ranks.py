@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from protocol.abort_page import make_page
 from protocol.topology import Topology
 
 ARCHITECTURE = "sm_90a"
@@ -24,7 +25,6 @@ class Ranks:
     """The processes of one instance, each running a function of a test module with its communicator."""
 
     def __init__(self, module: str, body: str, topology: Topology) -> None:
-        from worker.backends.cuda.comm_page import make_page
         from worker.backends.cuda.compiler import KernelCache
 
         self.directory = tempfile.TemporaryDirectory()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from protocol.abort_page import write_abort
 from protocol.topology import Topology
 from tests.gpu.comm_ranks import ranks, run_all
 from worker.comm_group import CollectiveError, sum_in_rank_order
@@ -253,8 +254,6 @@ def test_stages_hand_on_what_they_made(tp: int, pp: int) -> None:
 
 
 def test_a_killed_rank_ends_the_others_within_a_second() -> None:
-    from worker.backends.cuda.comm_page import write_abort
-
     torch.empty(1, device="cuda")
     free_before, _ = torch.cuda.mem_get_info()
     with ranks(__name__, "endless_body", Topology(tp=4)) as started:

@@ -36,18 +36,20 @@ def boot_on_cuda(work: BootWork) -> Booted:
             boot.rendezvous,
             boot.collective_timeout_s,
             device.kernels,
+            page_fd=boot.page_fd,
             nccl_bytes=nccl_bytes if device.is_alone else 0,
         )
     with spans.span("build"):
         assembled = Assembled(work, device, comm)
     work.wait_loaded()
+    with spans.span("wait for peers"):
+        # They read parts of this rank's weights.
+        comm.barrier()
     with spans.span("copy to device"):
         began_s = time.monotonic()
         assembled.place(work.memory)
         torch.cuda.synchronize()
         spans.add("copied", began_s, time.monotonic(), work.held.size)
-    with spans.span("wait for peers"):
-        comm.barrier()
     with spans.span("warm-up"):
         times = assembled.warm_up()
     with spans.span("map KV"):

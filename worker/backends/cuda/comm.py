@@ -8,11 +8,12 @@ from datetime import timedelta
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from protocol.abort_page import make_page
 from protocol.topology import Topology
 from worker.backends.cuda.comm_ipc import IpcGroup, IpcLane
 from worker.backends.cuda.comm_memory import MOST_GROUP, LaneLayout, Regions, lay_out
 from worker.backends.cuda.comm_nccl import NCCL_FROM_BYTES, NcclWay
-from worker.backends.cuda.comm_page import MOST_RANKS, DeviceOperation, Page, make_page
+from worker.backends.cuda.comm_page import MOST_RANKS, DeviceOperation, Page
 from worker.backends.cuda.driver import CudaError
 from worker.backends.cuda.launch import Kernels
 from worker.comm_group import CollectiveError

@@ -1,7 +1,7 @@
 """The NCCL way, for long messages between GPUs: torch's group of one tensor-parallel group of ranks.
 
 NCCL is told of its buffers by the environment alone, which is the launcher's: ``NCCL_BUFFSIZE=1048576``,
-and ``NCCL_NVLS_ENABLE=0`` where multicast fails late, as it does in many virtual machines.
+and ``NCCL_NVLS_ENABLE=0`` unless the user says otherwise: multicast fails late in many virtual machines.
 """
 
 from collections.abc import Sequence

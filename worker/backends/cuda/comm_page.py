@@ -1,23 +1,22 @@
 """A page of host memory that every rank of an instance maps, and each GPU reads.
 
-Its first word is the abort word: whoever writes it (``write_abort``: a descriptor is enough, CUDA is not
-needed) ends every kernel that waits for a peer. Behind it each rank has a record: what its kernels gave up
-on, that it has left, and the counters by which hosts meet without the device.
+It is the supervisor's (``protocol/abort_page.py``): whoever writes its first word ends every kernel that
+waits for a peer. Behind that each rank has a record: what its kernels gave up on, that it has left, and the
+counters by which hosts meet without the device.
 """
 
 import ctypes
 import mmap
-import os
 import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 from cuda.bindings import driver
 
+from protocol.abort_page import PAGE_BYTES
 from worker.backends.cuda.driver import check
 from worker.comm_group import CollectiveError
 
-PAGE_BYTES = 16 << 10
 _RECORD_WORDS = 64  # as in collectives.cu, and so are the first four words of a record
 MOST_RANKS = PAGE_BYTES // (4 * _RECORD_WORDS) - 1
 
@@ -44,21 +43,6 @@ class DeviceOperation(IntEnum):
     def label(self) -> str:
         """Return its name as the interface spells it."""
         return self.name.lower()
-
-
-def make_page() -> int:
-    """Return the descriptor of a new page, for the ranks to inherit. The caller closes it.
-
-    It is a memfd, because the driver pins no page of a file on a disk.
-    """
-    fd = os.memfd_create("tandem abort page", os.MFD_CLOEXEC)
-    os.ftruncate(fd, PAGE_BYTES)
-    return fd
-
-
-def write_abort(fd: int) -> None:
-    """End the waiting of every kernel of the instance."""
-    os.pwrite(fd, (1).to_bytes(4, "little"), 0)
 
 
 class Page:
