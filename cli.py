@@ -200,7 +200,7 @@ def _server(name: str | None, start: list[str] | None) -> "Iterator[tuple[Client
 @_layout_options
 @click.option("--max-rows", type=click.IntRange(1), help="Requests that run at a time [64; 256 on a GPU].")
 @click.option(
-    "--step-tokens", type=click.IntRange(1), help="Tokens of the largest step [512; 8192 on a GPU]."
+    "--step-tokens", type=click.IntRange(1), help="Tokens of the largest step [512; 8448 on a GPU]."
 )
 @click.option("--max-restarts", type=click.IntRange(0), help="Faults in a row before it gives up [0].")
 @click.option("--while-stdin", is_flag=True, hidden=True, help="Stop when standard input is closed.")

@@ -51,7 +51,7 @@ class Load:
     mixed_lead_s: float = 1.0
     """Before the first prompt, while there is decode alone."""
     mixed_interval_s: float = 0.1
-    mixed_chunk: int = 256
+    mixed_chunk: int = 192
     idle_s: float = 5.0
     limit_s: float = 120.0
     """What is sent at a time may take so long."""

@@ -138,6 +138,47 @@ def run_alone(instance: CudaInstance, lengths: list[int], step: int) -> tuple[fl
     return took_s, step + 2
 
 
+def prefill_all(instance: CudaInstance, step: int) -> tuple[float, int]:
+    """Run four prompts of 7000 tokens in full steps, each queued while the one before runs."""
+    draw, prompts, tokens = random.Random(2), 4, 7000
+    blocks = -(-tokens // BLOCK_TOKENS)
+    left = [tokens] * prompts
+    sent = 0
+    new = [
+        NewRow(
+            slot,
+            [draw.randrange(instance.spec.vocab_size) for _ in range(tokens)],
+            tokens,
+            0,
+            (list(range(slot * blocks, (slot + 1) * blocks)),),
+            SamplingParams(temperature=0.0, seed=0),
+            [],
+            0,
+        )
+        for slot in range(prompts)
+    ]
+    torch.cuda.synchronize()
+    began_s = time.perf_counter()
+    while any(left):
+        room, advances = instance.limits.step_tokens, []
+        for slot in range(prompts):
+            taken = min(left[slot], room)
+            if taken:
+                left[slot] -= taken
+                room -= taken
+                advances.append(Advance(slot, taken, None, wants_logits=not left[slot]))
+        begun = [row for row in new if row.slot in {a.slot for a in advances}]
+        new = [row for row in new if row not in begun]
+        instance.send(StepPlan(0, step, [], begun, advances))
+        step, sent = step + 1, sent + 1
+    for _ in range(sent):
+        instance.result()
+    took_s = time.perf_counter() - began_s
+    instance.send(StepPlan(0, step, list(range(prompts)), [], []))
+    instance.result()
+    return prompts * tokens / took_s, step + 1
+
+
 def kernels(work: Callable[[], object]) -> list[dict[str, Any]]:
     """Return what the device runs in one of ``PROFILED`` steps, by kernel, most time first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -161,7 +202,7 @@ def measure(model: Path, sizes: list[int], cache: Path | None, dtype: str) -> It
         model,
         dtype=dtype,
         max_rows=max(sizes),
-        step_tokens=8192,
+        step_tokens=8448,
         num_blocks=blocks,
         block_tokens=BLOCK_TOKENS,
         context=8192,
@@ -169,14 +210,18 @@ def measure(model: Path, sizes: list[int], cache: Path | None, dtype: str) -> It
     ) as instance:
         step = 0
         instance.assembled.runner.reset()
-        for lengths in ([32] + [1] * 31, [256] + [1] * 31, [512] + [1] * 31, [7000, 1192]):
+        for lengths in ([32] + [1] * 31, [256] + [1] * 31, [512] + [1] * 31, [7000, 1448]):
             for _ in range(3):
                 _, step = run_alone(instance, lengths, step)
+
+        for _ in range(3):
+            tokens_per_s, step = prefill_all(instance, step)
+            print(f"4 x 7000 tokens, engine only: {tokens_per_s:,.0f} tokens/s")
 
         def prefill() -> None:
             nonlocal step
             for _ in range(PROFILED):
-                _, step = run_alone(instance, [7000, 1192], step)
+                _, step = run_alone(instance, [7000, 1448], step)
 
         yield {"prefill": kernels(prefill)}
         for size in sizes:

@@ -33,11 +33,15 @@ class Deadlines(msgspec.Struct, frozen=True):
 GPU_DEFAULTS: Final[dict[str, Any]] = {
     "dtype": "bfloat16",
     "max_rows": 256,
-    "step_tokens": 8192,
+    "step_tokens": 8448,
     "logit_rows": 256,
     "block_tokens": 64,
 }
-"""Where ``ServeConfig``'s own defaults, which are a CPU's, would waste a GPU."""
+"""Where ``ServeConfig``'s own defaults, which are a CPU's, would waste a GPU.
+
+8448 tokens are 33 tiles of 256 rows: times the 4, 8, 32 … tiles of a matrix's columns, they fill the 132
+multiprocessors of a Hopper GPU exactly, where 8192 leave some idle in the last round of each product.
+"""
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -50,6 +50,16 @@ class AttentionPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """The tokens that a step is for, each the last of its row: nothing more comes of the others' states."""
+
+    tokens: torch.Tensor
+    """int64 [wanted], places among the step's tokens."""
+    attention: tuple[AttentionPlan, ...]
+    """Of these tokens alone, per KV group."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepContext:
     """One step as the layers see it. Tokens of all rows lie one after another, in law order."""
 
@@ -57,3 +67,5 @@ class StepContext:
     """[tokens], int64."""
     attention: tuple[AttentionPlan, ...]
     """Per KV group."""
+    wanted: Wanted | None = None
+    """The last stage's last layer finishes these alone, and gives no others; None: all."""

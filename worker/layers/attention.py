@@ -2,7 +2,7 @@
 
 import torch
 
-from worker.context import StepContext
+from worker.context import StepContext, Wanted
 from worker.layers.parts import Parts
 
 
@@ -18,9 +18,16 @@ class Attention:
         assert values.end - values.start == self._cache.heads * self._cache.value_dim
         assert queries.end - queries.start == self._o.shape[1]
 
-    def __call__(self, x: torch.Tensor, rotation: torch.Tensor, step: StepContext) -> torch.Tensor:
-        """Return this rank's part [tokens, hidden]; ``rotation`` as in ``Backend.rope_and_store``."""
+    def __call__(
+        self, x: torch.Tensor, rotation: torch.Tensor, step: StepContext, wanted: Wanted | None = None
+    ) -> torch.Tensor:
+        """Return this rank's part [tokens, hidden], or [wanted, hidden].
+
+        ``rotation``: as in ``Backend.rope_and_store``. Keys and values of all tokens are stored.
+        """
         plan = step.attention[self._cache.group]
         qkv = self._backend.linear(x, self._qkv)
         rotated = self._backend.rope_and_store(qkv, rotation, self._cache, plan)
+        if wanted is not None:
+            rotated, plan = rotated.index_select(0, wanted.tokens), wanted.attention[self._cache.group]
         return self._backend.linear(self._backend.attend(rotated, self._cache, plan), self._o)

@@ -18,7 +18,10 @@ class StageModel(Protocol):
         """Return [tokens, hidden] of [tokens] int64. First stage only."""
 
     def forward(self, hidden: torch.Tensor, step: StepContext) -> torch.Tensor:
-        """Return the residual stream after this stage's layers, [tokens, hidden]; may reuse ``hidden``."""
+        """Return the residual stream after this stage's layers, [tokens, hidden]; may reuse ``hidden``.
+
+        Where the step says which tokens are ``wanted``, [wanted, hidden] of these alone.
+        """
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return float32 [rows, local vocabulary] of [rows, hidden]. Last stage only."""

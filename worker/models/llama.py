@@ -52,7 +52,10 @@ class Llama:
         update: torch.Tensor | None = None
         for layer in self._layers:
             x = layer.attention_norm.after(hidden, update)
-            update = layer.attention(x, rotation, step)
+            wanted = step.wanted if layer is self._layers[-1] else None
+            update = layer.attention(x, rotation, step, wanted)
+            if wanted is not None:
+                hidden = hidden.index_select(0, wanted.tokens)
             x = layer.mlp_norm.after(hidden, update)
             update = layer.mlp(x)
         assert update is not None

@@ -143,7 +143,10 @@ class CudaAttention:
         uses_table = any(isinstance(path, Xqa) for path in paths)
         uses_list = isinstance(self._prefill, PagedPrefill)
         self._page_table = torch.zeros(
-            (max_rows if uses_table else 0, max_blocks), dtype=torch.int32, device=device
+            # The second half is for the plan of a mixed step's last tokens, beside the step's own.
+            (2 * max_rows if uses_table else 0, max_blocks),
+            dtype=torch.int32,
+            device=device,
         )
         self._page_list = torch.zeros(
             max_rows * max_blocks if uses_list else 0, dtype=torch.int32, device=device
@@ -184,15 +187,19 @@ class CudaAttention:
         kv_lengths: torch.Tensor,
         block_tables: torch.Tensor,
         rule: DecodeRule | None = None,
+        *,
+        is_beside_mixed: bool = False,
     ) -> PagedPlan:
         """Prepare a step of one token a row. Capturable: everything that changes is read on the device.
 
         ``slots`` and ``kv_lengths`` are int32 [rows] or longer, ``block_tables`` int32 [slots, max_blocks];
-        ``rule`` is one of ``decode_rules``, None the one for any context.
+        ``rule`` is one of ``decode_rules``, None the one for any context. ``is_beside_mixed``: a plan of
+        ``plan_mixed`` for the same step stays good.
         Run once outside of a capture first: operators load themselves at their first launch.
         """
         served = Rows(rows, slots, kv_lengths, block_tables)
-        part = self._decode_part(0, 0, served, rule or self.decode_rules(rows)[-1])
+        line = self._shape.max_rows if is_beside_mixed else 0
+        part = self._decode_part(line, 0, served, rule or self.decode_rules(rows)[-1])
         return PagedPlan(rows, (part,))
 
     def plan_mixed(
@@ -255,12 +262,12 @@ class CudaAttention:
                 part.launch(queries[tokens], cache, out[tokens])
         return out
 
-    def _decode_part(self, first_row: int, first_token: int, rows: Rows, rule: DecodeRule) -> _Part:
+    def _decode_part(self, line: int, first_token: int, rows: Rows, rule: DecodeRule) -> _Part:
         path = self._decode[rule]
         scratch, counters = self._scratch, self._counters
         if isinstance(path, OwnDecode):
             return _Part(first_token, rows.count, partial(path.launch, rows, scratch, counters))
-        table = self._page_table[first_row : first_row + rows.count]
+        table = self._page_table[line : line + rows.count]
         self._gather_blocks(rows, 0, table)
         return _Part(first_token, rows.count, partial(path.launch, rows, table, scratch, counters))
 

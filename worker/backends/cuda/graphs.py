@@ -11,6 +11,9 @@ from worker.backends.cuda.attention_paths import DecodeRule
 LADDER = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Rows; a step is padded to the next one. Beyond the last: multiples of ``STRIDE``."""
 STRIDE = 64
+SHORT_LADDER = (1, 8, 64)
+"""For ranks that share a GPU: their kernels wait for each other by turns, so that a step takes too long to
+try many sizes, and padding costs next to nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +36,9 @@ class DecodeGraphs:
     A size that is not captured is launched kernel by kernel.
     """
 
-    def __init__(self, max_rows: int, run: Run) -> None:
+    def __init__(self, max_rows: int, run: Run, rungs: tuple[int, ...]) -> None:
         self._run = run
-        self.sizes = ladder(max_rows)
+        self.sizes = ladder(max_rows, rungs)
         self._graphs: dict[tuple[int, StepKind], torch.cuda.CUDAGraph] = {}
         self.pool: Any = None
         """The memory of all of them; None before the first one."""
@@ -73,8 +76,8 @@ class DecodeGraphs:
         return graph
 
 
-def ladder(max_rows: int) -> tuple[int, ...]:
+def ladder(max_rows: int, rungs: tuple[int, ...]) -> tuple[int, ...]:
     """Return the captured sizes for at most so many rows."""
-    beyond = range(LADDER[-1] + STRIDE, max_rows + STRIDE, STRIDE)
-    below = [size for size in (*LADDER, *beyond) if size < max_rows]
+    beyond = range(rungs[-1] + STRIDE, max_rows + STRIDE, STRIDE)
+    below = [size for size in (*rungs, *beyond) if size < max_rows]
     return (*below, max_rows)

@@ -45,6 +45,7 @@ class Kernel:
         """
         self.name = name
         self._function = ctypes.c_void_p(function)
+        self._ordinal = torch.cuda.current_device()
         # Each argument has eight bytes of its own.
         self._layout = struct.Struct("=" + "".join(_SLOTS[letter] for letter in signature))
         self._values = ctypes.create_string_buffer(8 * len(signature))
@@ -77,7 +78,8 @@ class Kernel:
         config.grid[:] = (*grid, 1, 1)[:3]
         config.block[:] = (block, 1, 1)
         config.shared_bytes = shared_bytes
-        config.stream = torch.cuda.current_stream().cuda_stream
+        # The public way to it asks the driver several times whether there is a GPU at all.
+        config.stream = torch._C._cuda_getCurrentRawStream(self._ordinal)  # noqa: SLF001
         status = self._launch(ctypes.byref(config), self._function, self._pointers, None)
         if status:
             check((driver.CUresult(status),), f"launch of {self.name}")

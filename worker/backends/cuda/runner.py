@@ -5,10 +5,11 @@ kernel. Sampled tokens stay on the device for the next step and come back by a c
 for. Nothing here waits for the device.
 """
 
+import gc
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
@@ -28,7 +29,7 @@ from worker.backends.cuda.pieces import SIZES, Inputs, Pieces, size_for
 from worker.backends.cuda.sampler import CudaSampler, SamplerOutputs
 from worker.backends.cuda.step_inputs import StepInputs, StepTensors
 from worker.batch import Batch, BatchLimits, Row, Scheduled
-from worker.context import StepContext
+from worker.context import StepContext, Wanted
 from worker.models.base import StageModel
 from worker.steps import Answer
 
@@ -57,8 +58,9 @@ class CudaRunner:
         comm: CudaCommunicator,
         limits: BatchLimits,
         device: Device,
+        rungs: tuple[int, ...],
     ) -> None:
-        """``attention``: by KV group; ``sampler``: on the last stage."""
+        """``attention``: by KV group; ``sampler``: on the last stage; ``rungs``: of the decode graphs."""
         topology = comm.topology
         self.limits = limits
         self._spec, self._model, self._attention, self._sampler = spec, model, attention, sampler
@@ -69,7 +71,7 @@ class CudaRunner:
         # More steps than are ever in flight: the oldest of them is committed, so its tokens are here.
         self._most_awaited = topology.pp + 1
         self._completions = Completions(device.torch_device)
-        self._graphs = DecodeGraphs(limits.max_rows, self._run_decode)
+        self._graphs = DecodeGraphs(limits.max_rows, self._run_decode, rungs)
         self._pieces: dict[int, Pieces] = {}
         self._most_pieces = 0
         rows = limits.max_rows
@@ -87,6 +89,11 @@ class CudaRunner:
         self._awaited: deque[list[int]] = deque()
         self._batch = Batch(self.limits, self._on_new_row)
 
+    def grant(self, num_blocks: int) -> None:
+        """Have so many KV blocks from here on; forgets all rows."""
+        self.limits = replace(self.limits, num_blocks=num_blocks)
+        self.reset()
+
     def close(self) -> None:
         """See ``StepRunner.close``."""
         self._completions.close()
@@ -95,6 +102,15 @@ class CudaRunner:
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture the decode graphs over padded rows: no line of the cache is written."""
+        # A graph of another life that is collected while one is captured breaks it.
+        gc.collect()
+        gc.disable()
+        try:
+            self._capture_all()
+        finally:
+            gc.enable()
+
+    def _capture_all(self) -> None:
         for size in reversed(self._graphs.sizes):
             self._send_decode([], size)
             rules = product(*(attention.decode_rules(size) for attention in self._attention))
@@ -201,40 +217,59 @@ class CudaRunner:
             )
             for group, attention in enumerate(self._attention)
         )
-        hidden = self._run_mixed(inputs, plans)
+        scored = [item for item in scheduled if item.row.prompt_logprobs is not None]
+        wanted = None
+        if self._sampler is not None and wanting and not scored:
+            mean_context = sum(item.span.end for item in wanting) / len(wanting)
+            wanted = self._plan_wanted(inputs, len(wanting), mean_context)
+        hidden, is_trimmed = self._run_mixed(inputs, plans, wanted)
         if self._sampler is None:
             return []
         if wanting:
             self._sampler.sample(
-                self._model.logits(hidden.index_select(0, inputs.logit_tokens)),
+                self._model.logits(hidden if is_trimmed else hidden.index_select(0, inputs.logit_tokens)),
                 inputs.logit_slots,
                 inputs.logit_lengths,
                 self._outputs,
                 self._is_full(wanting),
             )
             self._hand_back(len(wanting))
-        return self._score_prompts(scheduled, hidden)
+        return self._score_prompts(scored, hidden)
 
-    def _run_mixed(self, inputs: StepTensors, plans: tuple[PagedPlan, ...]) -> torch.Tensor:
+    def _plan_wanted(self, inputs: StepTensors, count: int, mean_context: float) -> Wanted:
+        """Plan the attention of each row's last token alone: a decode step's."""
+        plans = []
+        for group, attention in enumerate(self._attention):
+            rule = attention.decode_rule(count, mean_context)
+            tables = self._inputs.block_tables[group]
+            plan = attention.plan_decode(
+                count, inputs.logit_slots, inputs.logit_lengths, tables, rule, is_beside_mixed=True
+            )
+            plans.append(CudaStepPlan(inputs.lines[group], plan))
+        return Wanted(inputs.logit_tokens, tuple(plans))
+
+    def _run_mixed(
+        self, inputs: StepTensors, plans: tuple[PagedPlan, ...], wanted: Wanted | None
+    ) -> tuple[torch.Tensor, bool]:
+        """Return hidden states, and whether they are those of the wanted tokens alone."""
         tokens = inputs.token_ids.shape[0]
         pieces = self._pieces.get(size_for(tokens, self._most_pieces) or 0)
         if pieces is None:
             planned = tuple(
                 CudaStepPlan(lines, plan) for lines, plan in zip(inputs.lines, plans, strict=True)
             )
-            return self._run_stage(inputs.token_ids, StepContext(inputs.positions, planned))
+            step = StepContext(inputs.positions, planned, wanted)
+            return self._run_stage(inputs.token_ids, step), wanted is not None
         static = pieces.inputs
         static.token_ids[:tokens].copy_(inputs.token_ids)
         static.positions[:tokens].copy_(inputs.positions)
         static.lines.fill_(-1)
         static.lines[:, :tokens].copy_(inputs.lines)
-        return pieces.run(
-            tokens,
-            [
-                partial(_attend, attention, plan)
-                for attention, plan in zip(self._attention, plans, strict=True)
-            ],
-        )
+        attends = [
+            partial(_attend, attention, plan)
+            for attention, plan in zip(self._attention, plans, strict=True)
+        ]
+        return pieces.run(tokens, attends), False
 
     def _capture_pieces(self, size: int) -> Pieces:
         device, groups = self._device.torch_device, len(self._attention)
@@ -270,14 +305,13 @@ class CudaRunner:
 
     # What comes back.
 
-    def _score_prompts(self, scheduled: Sequence[Scheduled], hidden: torch.Tensor) -> list[_Scores]:
+    def _score_prompts(self, scored: Sequence[Scheduled], hidden: torch.Tensor) -> list[_Scores]:
         """Queue the log-probabilities of the prompt tokens that this step's positions predict."""
         assert self._sampler is not None
         found: list[_Scores] = []
-        for item in scheduled:
+        for item in scored:
             row, span, k = item.row, item.span, item.row.prompt_logprobs
-            if k is None:
-                continue
+            assert k is not None
             targets = row.token_ids[span.start + 1 : min(span.end + 1, row.num_prompt_tokens)]
             for first in range(0, len(targets), self.limits.max_rows):
                 some = targets[first : first + self.limits.max_rows]
