@@ -5,6 +5,7 @@ last the KV blocks that the rest of the budget holds.
 """
 
 import mmap
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from worker.backends.cuda.attention import CudaAttention
 from worker.backends.cuda.backend import CudaBackend
 from worker.backends.cuda.comm import CudaCommunicator
 from worker.backends.cuda.device import Device
+from worker.backends.cuda.graphs import LADDER, SHORT_LADDER
 from worker.backends.cuda.memory import DeviceRange
 from worker.backends.cuda.runner import CudaRunner
 from worker.backends.cuda.sampler import CudaSampler
@@ -30,6 +32,9 @@ SPARE_BYTES = 2 << 30
 """Addresses that KV has beyond the plan, for what the plan charged and the device did not need."""
 MARGIN_BYTES = 64 << 20
 """What stays free of a budget: the allocator's pieces need not fall the same way in every step."""
+TURNS_STEP_TOKENS = 512
+"""The warm-up's largest step where ranks share a GPU: each of its messages costs a turn of every rank, and
+what it would take is planned, not measured, there."""
 
 
 class _ByGroup:
@@ -50,6 +55,10 @@ class Assembled:
         boot, spec, topology = work.boot, work.spec, comm.topology
         self._device, self._comm, self._limits = device, comm, RankLimits.of(boot)
         layers = work.stages[topology.stage(boot.rank)]
+        takes_turns = topology.world_size > 1 and not device.is_alone
+        warm = self._limits
+        if takes_turns:
+            warm = replace(warm, step_tokens=min(warm.step_tokens, TURNS_STEP_TOKENS))
         self._block_bytes = boot.kv_bytes // boot.num_blocks
         self._most_blocks = boot.num_blocks + (SPARE_BYTES // self._block_bytes if device.is_alone else 0)
         self._arena = DeviceRange(device.ordinal, work.held.size)
@@ -66,7 +75,7 @@ class Assembled:
         )
         self._kv = DeviceRange(device.ordinal, self._layout.size_bytes)
         self._mapped_blocks = 0
-        self._map_blocks(min(warm_blocks(self._limits), boot.num_blocks))
+        self._map_blocks(min(warm_blocks(warm), boot.num_blocks))
         cache = KVTensors(spec, topology.tp, self._layout, self._kv)
         max_blocks = -(-boot.context // boot.block_tokens)
         self._attention = tuple(
@@ -117,9 +126,17 @@ class Assembled:
                 inputs.last_tokens,
             )
         self.runner = CudaRunner(
-            spec, model, self._attention, sampler, inputs, comm, self._limits.batch(spec), device
+            spec,
+            model,
+            self._attention,
+            sampler,
+            inputs,
+            comm,
+            self._limits.batch(spec),
+            device,
+            SHORT_LADDER if takes_turns else LADDER,
         )
-        self._warm_up = CudaWarmUp(self.runner, comm, spec, self._limits)
+        self._warm_up = CudaWarmUp(self.runner, comm, spec, warm)
 
     def place(self, memory: mmap.mmap) -> None:
         """Copy the weights, which lie in the arena's layout, to the device; ``memory`` is closed."""
@@ -142,6 +159,7 @@ class Assembled:
             left -= self._kv.granule * len(self._layout.offsets)
             blocks = min(self._mapped_blocks + max(left, 0) // self._block_bytes, self._most_blocks)
         self._map_blocks(blocks)
+        self.runner.grant(blocks)
         return blocks
 
     def lines(self) -> dict[str, int]:
