@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from protocol.client import Stats
 from protocol.runtime_dir import running_instances, runtime_root
@@ -33,6 +33,14 @@ def until(what: Callable[[], Any], timeout_s: float = 20.0) -> Any:
             raise AssertionError(f"not so within {timeout_s:g} s, but {found!r}")
         time.sleep(0.01)
     return found
+
+
+def is_readable(file: int | IO[bytes], timeout_s: float) -> bool:
+    """Whether a pipe or a pidfd has something to say within a time."""
+    # Not ``select.select``: it refuses descriptors from 1024 up.
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
 
 
 class Place:
@@ -130,8 +138,7 @@ class Server:
     def wait_ready(self) -> None:
         """Wait for the facts."""
         assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], BOOT_S)
-        assert ready, f"not ready after {BOOT_S:g} s: {self.log}"
+        assert is_readable(self.process.stdout, BOOT_S), f"not ready after {BOOT_S:g} s: {self.log}"
         line = self.process.stdout.readline()
         assert line, self.log
         self.facts = json.loads(line)

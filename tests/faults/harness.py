@@ -2,7 +2,6 @@
 
 import json
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any, Final, Self, TypeVar
 import msgspec
 
 from protocol.runtime_dir import InstanceFacts
+from tests.server import is_readable
 from tests.tiny_llama import write_tiny_llama
 from tests.unit.text_models import CHATML
 
@@ -184,7 +184,7 @@ class Server:
 
     def _answer(self, timeout_s: float) -> bytes:
         assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], timeout_s)[0], f"silent: {self.stderr}"
+        assert is_readable(self.process.stdout, timeout_s), f"silent: {self.stderr}"
         line = self.process.stdout.readline()
         assert line, f"it ended without a word: {self.stderr}"
         return line
@@ -227,7 +227,7 @@ class Server:
 
     def has_ended(self, timeout_s: float) -> bool:
         """Whether its process ends within a time."""
-        return bool(select.select([self._pidfd], [], [], timeout_s)[0])
+        return is_readable(self._pidfd, timeout_s)
 
     def wait_ended(self, timeout_s: float = END_S) -> int:
         """Wait for its end, and see that it left nothing; return its exit code."""

@@ -1,7 +1,6 @@
 """Workers as the processes they are, over a real ROUTER and gloo, driven by a tiny orchestrator."""
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from protocol.control import (
 )
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
+from tests.server import is_readable
 
 EPOCH = 3
 WAIT_S = 60.0
@@ -301,7 +301,7 @@ def test_a_worker_ends_with_its_parent(
             us.collect(Ready, 1)
         parent.kill()
         began_s = time.monotonic()
-        assert select.select([worker], [], [], 2.0)[0], "the worker outlived its parent"
+        assert is_readable(worker, 2.0), "the worker outlived its parent"
         assert time.monotonic() - began_s < 2.0
     finally:
         os.close(worker)
