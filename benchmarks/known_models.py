@@ -1,7 +1,8 @@
 """Published configurations of models that benchmarks make anew with random weights.
 
 Sources: the ``config.json`` files of meta-llama/Meta-Llama-3-8B, meta-llama/Llama-3.2-1B and
-HuggingFaceTB/SmolLM2-135M-Instruct; ``tiny`` is nobody's, small enough for a test.
+HuggingFaceTB/SmolLM2-135M-Instruct; the tiny ones are nobody's, small enough for a test, two of them with
+heads for eight ranks.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,18 @@ _LLAMA = {
     "attention_bias": False,
     "mlp_bias": False,
     "rms_norm_eps": 1e-5,
+}
+_TINY_FOR_EIGHT = _LLAMA | {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "vocab_size": 2048,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 _LLAMA_3 = _LLAMA | {
     "num_attention_heads": 32,
@@ -79,6 +92,8 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "tiny-8-8": _TINY_FOR_EIGHT | {"num_key_value_heads": 8},
+    "tiny-8-2": _TINY_FOR_EIGHT | {"num_key_value_heads": 2},
 }
 """``config.json`` by name, without the dtype."""
 

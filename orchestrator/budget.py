@@ -14,7 +14,7 @@ from protocol.errors import InvalidRequestError, MemoryBudgetError, StorageError
 GIB = 1 << 30
 DEFAULT_CAP_BYTES = 4 * GIB
 GPU_MARGIN_BYTES = 192 << 20
-"""What a GPU's default leaves alone: the driver's own needs grow a little with time."""
+"""What a GPU's default leaves alone for each rank: the driver's own needs grow a little with time."""
 DeviceKind = Literal["cpu", "cuda"]
 DEFAULT_SHARE = 4
 """A CPU's default is the lesser of the cap and this part of what is left."""
@@ -35,7 +35,10 @@ def rank_budgets(
     if device_kind(devices) == "cpu":
         budgets = {"cpu": memory_bytes if memory_bytes is not None else default_cpu_bytes()}
     else:
-        budgets = {device: _gpu_budget(device, memory_bytes, environment) for device in sorted(set(placed))}
+        budgets = {
+            device: _gpu_budget(device, placed.count(device), memory_bytes, environment)
+            for device in sorted(set(placed))
+        }
     shares = [budgets[device] // placed.count(device) for device in placed]
     if min(shares) < 1:
         raise InvalidRequestError(
@@ -65,10 +68,10 @@ def overheads(devices: tuple[str, ...]) -> DeviceOverheads:
     return CPU_OVERHEADS if device_kind(devices) == "cpu" else CUDA_OVERHEADS
 
 
-def _gpu_budget(device: str, asked: int | None, environment: Mapping[str, str]) -> int:
+def _gpu_budget(device: str, ranks: int, asked: int | None, environment: Mapping[str, str]) -> int:
     left = free_bytes(device, environment)
     if asked is None:
-        return left - GPU_MARGIN_BYTES
+        return left - ranks * GPU_MARGIN_BYTES
     if asked > left:
         raise MemoryBudgetError(
             f"{asked / GIB:.2f} GiB were asked, {device} has {left / GIB:.2f} left: give a smaller "
