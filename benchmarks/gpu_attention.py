@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -18,7 +19,7 @@ from benchmarks.figures import Demand, Figure, as_data, table
 from kv.tensors import LayerCache
 from worker.backends.cuda.attention import CudaAttention
 from worker.backends.cuda.attention_own import Shape
-from worker.backends.cuda.attention_paths import DecodeRule, PrefillPath
+from worker.backends.cuda.attention_paths import DecodePath, DecodeRule, PrefillPath, RingPath
 from worker.backends.cuda.compiler import KernelCache
 from worker.backends.cuda.device import architecture, operators_directory
 from worker.backends.cuda.launch import Kernels
@@ -26,13 +27,10 @@ from worker.backends.cuda.launch import Kernels
 READ_CEILING_GBS = 4660.0
 MATMUL_CEILING_TFLOPS = 785.0
 BATCHES = (1, 8, 64, 256)
-CONTEXTS = (192, 1024, 8192)
-DECODE = (
-    DecodeRule("xqa"),
-    DecodeRule("xqa_wide"),
-    *(DecodeRule("tensor", split_tokens=tokens) for tokens in (64, 128, 256, 512, 1024)),
-    DecodeRule("vector", split_tokens=256),
-)
+CONTEXTS = (192, 512, 1024, 8192)
+FEW_ROWS = 8
+XQA: tuple[DecodePath, ...] = ("xqa", "xqa_wide")
+OWN: tuple[DecodePath, ...] = ("tensor", *get_args(RingPath))
 PREFILL: tuple[PrefillPath, ...] = ("fa3", "fa2", "tiled")
 PROMPTS = (7000,) * 4
 COLD_BYTES = 512 << 20
@@ -160,6 +158,13 @@ def timed_us(call: Callable[[], object]) -> list[float]:
     return times
 
 
+def decode_rules(batch: int) -> list[DecodeRule]:
+    """Return what is tried: where rows are many, cutting them is of little use."""
+    splits = (128, 256) if batch <= FEW_ROWS else (512,)
+    own = [DecodeRule(path, split_tokens=tokens) for path in OWN for tokens in splits]
+    return [*map(DecodeRule, XQA), *own]
+
+
 def measure(bench: Bench) -> list[Figure]:
     """Return every path at every size, and for each size the fastest path."""
     figures = []
@@ -168,11 +173,11 @@ def measure(bench: Bench) -> list[Figure]:
         for context in CONTEXTS:
             found: dict[str, float] = {}
             kv_bytes = batch * context * bench.width * 2
-            for rule in DECODE:
+            for rule in decode_rules(batch):
                 times = bench.decode_us(rule, batch, context)
                 if times is None:
                     continue
-                path = rule.path if "xqa" in rule.path else f"{rule.path}@{rule.split_tokens}"
+                path = rule.path if rule.path in XQA else f"{rule.path}@{rule.split_tokens}"
                 us = found[path] = sorted(times)[len(times) // 2]
                 where = f"decode {path}, batch {batch}, context {context}"
                 figures += [

@@ -69,9 +69,11 @@ FLASHINFER_PREFILL = [
     (Case(BF16, 9, 3, 64, block_tokens=16), "fa2"),
     (Case(BF16, 32, 8, 64), "fa2"),
 ]
+RINGS = ["ring_1x3", "ring_2x2", "ring_2x3", "ring_4x2", "ring_4x3", "ring_8x2"]
 DECODE_LENGTHS = [
     [1],
     [129],
+    [4099],
     [1, 15, 16, 17, 63, 64, 65, 127, 700, 2049, 513],
     [5 + 37 * i % 400 for i in range(67)],
 ]
@@ -192,10 +194,10 @@ def starts_of(counts: list[int]) -> torch.Tensor:
     return torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
 
 
-def only(path: str) -> Any:
+def only(path: str, split_tokens: int = 128) -> Any:
     from worker.backends.cuda.attention_paths import DecodeRule
 
-    return (DecodeRule(path),)  # type: ignore[arg-type]
+    return (DecodeRule(path, split_tokens=split_tokens),)  # type: ignore[arg-type]
 
 
 def need(loaded: Any, name: str) -> None:
@@ -210,10 +212,12 @@ def agree(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("lengths", DECODE_LENGTHS, ids=lambda x: f"{len(x)}rows{max(x)}")
 @pytest.mark.parametrize("case", OWN, ids=str)
-@pytest.mark.parametrize("path", ["tensor", "vector"])
+@pytest.mark.parametrize("path", ["tensor", "vector", *RINGS])
 def test_own_decode(loaded: Any, path: str, case: Case, lengths: list[int]) -> None:
-    if path == "tensor" and (case.dtype != BF16 or case.block_tokens % 16):
+    if path != "vector" and (case.dtype != BF16 or case.block_tokens % 16):
         pytest.skip("not a shape of the tensor cores")
+    if path in RINGS and not case.key_dim == case.values == 128:
+        pytest.skip("not a shape of the rings")
     world = World(case, lengths, seed=len(lengths))
     attention = world.attention(loaded, decode_paths=only(path), prefill_paths=("tiled",))
     assert attention.decode_path(len(lengths)) == path
@@ -224,6 +228,31 @@ def test_own_decode(loaded: Any, path: str, case: Case, lengths: list[int]) -> N
     agree(first, expected)
     again = world.decode(attention, queries, world.poisoned(len(lengths)))
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("path", RINGS)
+def test_rings_go_round(loaded: Any, path: str) -> None:
+    """Rows so long for their blocks that a warp looks its lines up several times."""
+    world = World(Case(BF16, 8, 2, 128, block_tokens=16), [9000, 5, 4200], seed=3)
+    rules = only(path, split_tokens=1 << 14)
+    attention = world.attention(loaded, decode_paths=rules, prefill_paths=("tiled",))
+    queries = world.queries(3)
+    agree(world.decode(attention, queries, world.poisoned(3)), world.expected(queries, [1] * 3))
+
+
+@pytest.mark.parametrize("path", RINGS)
+def test_rows_do_not_depend_on_their_neighbours(loaded: Any, path: str) -> None:
+    """What a row of one block gives is the same to the bit, alone or among others."""
+    world = World(Case(BF16, 32, 8, 128), [190, 64, 33, 127, 1, 100], seed=4)
+    rules = only(path, split_tokens=256)
+    attention = world.attention(loaded, decode_paths=rules, prefill_paths=("tiled",))
+    queries = world.queries(6)
+    together = world.decode(attention, queries, world.poisoned(6))
+    for row in range(6):
+        one = slice(row, row + 1)
+        plan = attention.plan_decode(1, world.slots[one], world.kv_lengths[one], world.tables)
+        alone = attention.run(queries[one], world.cache, plan, world.poisoned(1))
+        assert torch.equal(alone, together[one])
 
 
 @pytest.mark.parametrize("lengths", DECODE_LENGTHS, ids=lambda x: f"{len(x)}rows{max(x)}")
@@ -240,7 +269,7 @@ def test_xqa_decode(loaded: Any, path: str, case: Case, lengths: list[int]) -> N
     agree(out, world.expected(queries, [1] * len(lengths)))
 
 
-@pytest.mark.parametrize("path", ["xqa", "xqa_wide", "tensor", "vector"])
+@pytest.mark.parametrize("path", ["xqa", "xqa_wide", "tensor", "vector", *RINGS])
 def test_graph_replay_is_right_as_rows_grow(loaded: Any, path: str) -> None:
     from worker.backends.cuda.flashinfer import xqa_name
 

@@ -63,16 +63,8 @@ def _decode_paths(
             if module is None:
                 continue
             paths[rule] = Xqa(module, shape, multiprocessors, _XQA_BLOCKS_EACH[rule.path])
-        elif rule.path == "vector" or OwnDecode.fits_tensor_cores(shape):
-            on_tensor_cores = rule.path == "tensor"
-            paths[rule] = OwnDecode(
-                kernels,
-                shape,
-                multiprocessors,
-                rows,
-                rule.split_tokens,
-                on_tensor_cores=on_tensor_cores,
-            )
+        elif OwnDecode.fits(shape, rule.path):
+            paths[rule] = OwnDecode(kernels, shape, multiprocessors, rows, rule.split_tokens, rule.path)
         else:
             continue
         if math.isinf(rule.below_context):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from kv.tensors import LayerCache
+from worker.backends.cuda.attention_paths import DecodePath
 from worker.backends.cuda.launch import Kernels
 
 _MOST_SPLITS = 128  # as in attention.cu
@@ -14,6 +15,18 @@ _TILE = 32
 _THREADS = 128
 _TENSOR_BLOCKS = {64: 4, 128: 3, 256: 2}
 _VECTOR_BLOCKS = 3
+_RING_DIM = 128
+_RING_TILE_TOKENS = 16
+_RING_TILE_BYTES = 2 * _RING_TILE_TOKENS * _RING_DIM * 2
+_RINGS: dict[DecodePath, tuple[int, int, int]] = {
+    "ring_1x3": (1, 3, 9),
+    "ring_2x2": (2, 2, 6),
+    "ring_2x3": (2, 3, 4),
+    "ring_4x2": (4, 2, 3),
+    "ring_4x3": (4, 3, 2),
+    "ring_8x2": (8, 2, 1),
+}
+"""Warps of a block, tiles of a warp, and blocks that a multiprocessor has shared memory for."""
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _LOG2_E = 1.4426950408889634
 
@@ -83,17 +96,24 @@ class OwnDecode:
         multiprocessors: int,
         rows: range,
         split_tokens: int,
-        *,
-        on_tensor_cores: bool,
+        path: DecodePath,
     ) -> None:
-        """``rows``: the numbers of rows that it will be asked for."""
+        """``rows``: the numbers of rows that it will be asked for. The path fits the shape."""
         # The first worker of every block must find a token.
         assert split_tokens >= _LEAST_SPLIT_TOKENS, split_tokens
+        assert self.fits(shape, path), (shape, path)
         self._shape = shape
         self._split_tokens = split_tokens
         largest = max(shape.key_dim, shape.value_dim)
         self._arguments: tuple[float, ...] = (_LOG2_E / math.sqrt(shape.key_dim),)
-        if on_tensor_cores:
+        self._threads, self._shared_bytes = _THREADS, 0
+        if path in _RINGS:
+            warps, stages, blocks = _RINGS[path]
+            assert split_tokens >= _RING_TILE_TOKENS * warps, (split_tokens, path)
+            self._kernel = kernels.get("attention", f"decode_{path}", "PPPPPiiPPPiiiiif")
+            self._heads, self._threads = 8, 32 * warps
+            self._shared_bytes = warps * stages * _RING_TILE_BYTES
+        elif path == "tensor":
             dims = next(d for d in _TENSOR_BLOCKS if d >= largest)
             self._kernel = kernels.get("attention", f"decode_tensor_{dims}", "PPPPPiiPPPiiiiif")
             self._heads, blocks = 8, _TENSOR_BLOCKS[dims]
@@ -109,9 +129,14 @@ class OwnDecode:
         self.scratch_bytes = max(map(self._scratch_bytes, rows))
 
     @staticmethod
-    def fits_tensor_cores(shape: Shape) -> bool:
-        """Whether that kernel takes the shape."""
-        return shape.dtype == torch.bfloat16 and shape.block_tokens % 16 == 0
+    def fits(shape: Shape, path: DecodePath) -> bool:
+        """Whether the path is one of our kernels and takes the shape."""
+        if path == "vector":
+            return True
+        if path in _RINGS and not shape.key_dim == shape.value_dim == _RING_DIM:
+            return False
+        on_tensor_cores = path == "tensor" or path in _RINGS
+        return on_tensor_cores and shape.dtype == torch.bfloat16 and shape.block_tokens % 16 == 0
 
     def launch(
         self,
@@ -126,7 +151,7 @@ class OwnDecode:
         shape = self._shape
         self._kernel(
             (self._splits(rows.count), self._pairs_per_row, rows.count),
-            _THREADS,
+            self._threads,
             (
                 queries,
                 cache.lines,
@@ -145,6 +170,7 @@ class OwnDecode:
                 self._split_tokens,
                 *self._arguments,
             ),
+            self._shared_bytes,
         )
 
     def _splits(self, rows: int) -> int:

@@ -55,8 +55,8 @@ __device__ __forceinline__ int active_splits(int length, int split_tokens) {
 }
 
 // What the warps of a block found: unnormalised sums, maxima and denominators of HEADS heads.
-template <int HEADS, int DIMS> struct Parts {
-  float sums[WARPS][HEADS][DIMS];
+template <int HEADS, int DIMS, int WARPS = ::WARPS> struct Parts {
+  alignas(16) float sums[WARPS][HEADS][DIMS];
   float maxima[WARPS][HEADS];
   float totals[WARPS][HEADS];
   float weights[HEADS][MOST_SPLITS];
@@ -66,29 +66,40 @@ template <int HEADS, int DIMS> struct Parts {
 
 // Merge the warps, then the splits. `out` is the first of `count` heads of one token.
 // partial: [row and head tile][split][head of the tile][value_dim + 2]: sums, maximum, total.
-template <typename T, int HEADS, int DIMS>
-__device__ void finish(Parts<HEADS, DIMS>& parts, T* out, float* partial, int* done, int count, int value_dim,
-                       int splits) {
+template <typename T, int HEADS, int DIMS, int WARPS>
+__device__ void finish(Parts<HEADS, DIMS, WARPS>& parts, T* out, float* partial, int* done, int count,
+                       int value_dim, int splits) {
+  constexpr int THREADS = 32 * WARPS;
   const int pair = blockIdx.z * gridDim.y + blockIdx.y;
   const int pitch = value_dim + 2;
   float* mine = partial + (static_cast<i64>(pair) * gridDim.x + blockIdx.x) * HEADS * pitch;
   __syncthreads();
-  for (int i = threadIdx.x; i < count * value_dim; i += THREADS) {
+  for (int i = 4 * threadIdx.x; i < count * value_dim; i += 4 * THREADS) {
     const int head = i / value_dim, dim = i % value_dim;
     float top = parts.maxima[0][head];
 #pragma unroll
     for (int w = 1; w < WARPS; ++w) top = fmaxf(top, parts.maxima[w][head]);
-    float sum = 0.0f, total = 0.0f;
+    float sum[4] = {}, total = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {
       const float weight = weight_of(parts.maxima[w][head], top);
-      sum += weight * parts.sums[w][head][dim];
+      const float4 x = *reinterpret_cast<const float4*>(&parts.sums[w][head][dim]);
+      sum[0] += weight * x.x;
+      sum[1] += weight * x.y;
+      sum[2] += weight * x.z;
+      sum[3] += weight * x.w;
       total += weight * parts.totals[w][head];
     }
     if (splits == 1) {
-      out[i] = from_float<T>(total > 0.0f ? sum / total : 0.0f);
+      const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum[k] *= inverse;
+      store<T, 4>(out + i, sum);
     } else {
-      mine[head * pitch + dim] = sum;
+      // The pitch is even, so two values are eight aligned bytes.
+      float2* to = reinterpret_cast<float2*>(mine + head * pitch + dim);
+      to[0] = make_float2(sum[0], sum[1]);
+      to[1] = make_float2(sum[2], sum[3]);
       if (dim == 0) {
         mine[head * pitch + value_dim] = top;
         mine[head * pitch + value_dim + 1] = total;
@@ -128,7 +139,6 @@ __device__ void finish(Parts<HEADS, DIMS>& parts, T* out, float* partial, int* d
     if (lane == 0) parts.inverse[head] = total > 0.0f ? 1.0f / total : 0.0f;
   }
   __syncthreads();
-  // Two values a thread: the pitch is even, so they are eight aligned bytes.
   for (int i = 2 * threadIdx.x; i < count * value_dim; i += 2 * THREADS) {
     const int head = i / value_dim, dim = i % value_dim;
     const float* from = all + head * pitch + dim;
@@ -285,7 +295,179 @@ __device__ void decode_tensor(const bf16* queries, const bf16* cache, Rows rows,
         for (int d = 0; d < 2; ++d)
           parts.sums[warp][part * 2 + h][i * 64 + group * 8 + j * 2 + d] = sums[i][j][d * 2 + h];
   }
-  finish<bf16, HEADS, DIMS>(parts, out + head * shape.value_dim, partial, done, count, shape.value_dim, splits);
+  finish<bf16>(parts, out + head * shape.value_dim, partial, done, count, shape.value_dim, splits);
+}
+
+// The same products for dims of 128, with a ring of STAGES tiles of 16 tokens in shared memory for each warp, so
+// that many bytes are under way and the warps of a block meet only at the end. A tile is the keys, then the values;
+// a token's 16 chunks of 16 bytes stand there in an order that depends on the token, for free of bank conflicts.
+constexpr int TILE_TOKENS = 16, TOKEN_BYTES = 256, KEYS_BYTES = TILE_TOKENS * TOKEN_BYTES;
+
+__device__ __forceinline__ u32 shared_address(const void* at) {
+  return static_cast<u32>(__cvta_generic_to_shared(at));
+}
+
+// Zeros where it is not valid: then `from` is not read.
+__device__ __forceinline__ void copy_16(u32 to, const bf16* from, bool is_valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               :: "r"(to), "l"(from), "r"(is_valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Wait for this thread's copies but those ended by the last PENDING calls of `end_copies`.
+template <int PENDING> __device__ __forceinline__ void await_copies() {
+  asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+}
+
+__device__ __forceinline__ void read_matrices(u32 (&x)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(at)
+               : "memory");
+}
+
+__device__ __forceinline__ void read_transposed(u32 (&x)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(at)
+               : "memory");
+}
+
+template <int WARPS, int STAGES>
+__device__ void decode_ring(const bf16* queries, const bf16* cache, Rows rows, bf16* out, float* partial,
+                            int* done, Shape shape, int split_tokens, float scale) {
+  constexpr int DIMS = 128, HEADS = 8, STEPS = DIMS / 16, TILE_BYTES = 2 * KEYS_BYTES;
+  extern __shared__ __align__(1024) unsigned char ring[];
+  // Four floats more a head than there are dims: the heads that a warp writes at once lie in banks of their own.
+  using Found = Parts<HEADS, DIMS + 4, WARPS>;
+  static_assert(sizeof(Found) <= WARPS * STAGES * TILE_BYTES, "the ring holds what the warps found");
+  let_next_start();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, part = lane % 4;
+  const int chunk = lane % 16, odd = lane / 16, eighth = lane / 8, within = lane % 8;
+  const u32 begin = shared_address(ring) + warp * STAGES * TILE_BYTES, end = begin + STAGES * TILE_BYTES;
+  // Copies go to token 2 * j + odd; a matrix of 8x8 takes its row `within` from lane 8 * matrix + within.
+  u32 copy_to[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) copy_to[j] = (2 * j + odd) * TOKEN_BYTES + (chunk ^ (2 * j + odd)) * 16;
+  const u32 key_at = (eighth % 2 * 8 + within) * TOKEN_BYTES + (eighth / 2 ^ within) * 16;
+  const u32 value_at = KEYS_BYTES + (eighth / 2 * 8 + within) * TOKEN_BYTES + (eighth % 2 ^ within) * 16;
+  const int ratio = shape.heads / shape.kv_heads, head_tiles = (ratio + HEADS - 1) / HEADS;
+  const int kv_head = blockIdx.y / head_tiles, first = blockIdx.y % head_tiles * HEADS;
+  const int count = min(HEADS, ratio - first);
+  const int row = blockIdx.z;
+  const i64 head = static_cast<i64>(row) * shape.heads + kv_head * ratio + first;
+  const int width = shape.width();
+  const bf16* keys = cache + static_cast<i64>(odd) * width + kv_head * DIMS + chunk * 8;
+  const int values = shape.kv_heads * DIMS;
+  wait_for_previous();
+
+  const int length = rows.lengths[row];
+  const int* blocks = rows.blocks(row);
+  const int splits = active_splits(length, split_tokens);
+  if (blockIdx.x >= splits) return;
+  const int tiles = (length + TILE_TOKENS - 1) / TILE_TOKENS, stride = splits * WARPS;
+  const int first_tile = blockIdx.x * WARPS + warp;
+  // The cache lines of the warp's next 32 tiles, one a lane, looked up together and long before they are needed.
+  auto look_up = [&](int i) {
+    const int token = (first_tile + (i + lane) * stride) * TILE_TOKENS;
+    return token < length ? static_cast<int>(rows.line(blocks, token)) : 0;
+  };
+  int lines = look_up(0), later_lines = look_up(32);
+  auto read = [&](int i, u32 stage) {
+    if (i % 32 == 0 && i > 0) {
+      lines = later_lines;
+      later_lines = look_up(i + 32);
+    }
+    const int line = __shfl_sync(~0u, lines, i % 32), tile = first_tile + i * stride;
+    if (tile < tiles) {
+      const bf16* from = keys + static_cast<i64>(line) * width;
+      const int left = length - tile * TILE_TOKENS - odd;
+#pragma unroll
+      for (int j = 0; j < TILE_TOKENS / 2; ++j) {
+        const u32 to = stage + copy_to[j % 4] + j / 4 * 8 * TOKEN_BYTES;
+        copy_16(to, from, 2 * j < left);
+        copy_16(to + KEYS_BYTES, from + values, 2 * j < left);
+        from += 2 * width;
+      }
+    }
+    end_copies();
+  };
+#pragma unroll
+  for (int i = 0; i < STAGES; ++i) read(i, begin + i * TILE_BYTES);
+  u32 q[STEPS][2] = {};
+  if (group < count) {
+    const u32* from = reinterpret_cast<const u32*>(queries + (head + group) * DIMS) + part;
+#pragma unroll
+    for (int j = 0; j < STEPS; ++j) {
+      q[j][0] = from[j * 8];
+      q[j][1] = from[j * 8 + 4];
+    }
+  }
+
+  float sums[STEPS][4] = {};
+  float top[2] = {NONE, NONE}, total[2] = {0.0f, 0.0f};
+  u32 stage = begin;
+  for (int i = 0, tile = first_tile; tile < tiles; ++i, tile += stride) {
+    await_copies<STAGES - 1>();
+    __syncwarp();
+    float s[4] = {}, t[4] = {};
+#pragma unroll
+    for (int j = 0; j < STEPS; j += 2) {
+      u32 a[4], b[4];
+      read_matrices(a, (stage + key_at) ^ (j * 32));
+      read_matrices(b, (stage + key_at) ^ (j * 32 + 32));
+      multiply(s, a[0], a[1], a[2], a[3], q[j][0], q[j][1]);
+      multiply(t, b[0], b[1], b[2], b[3], q[j + 1][0], q[j + 1][1]);
+    }
+    // s[0], s[1]: token `group` and heads 2 * part, 2 * part + 1; s[2], s[3]: token group + 8.
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      s[j] = tile * TILE_TOKENS + j / 2 * 8 + group < length ? (s[j] + t[j]) * scale : NONE;
+    float p[4];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float new_top = fmaxf(top[h], group_max(fmaxf(s[h], s[h + 2])));
+      const float fade = weight_of(top[h], new_top);
+      p[h] = exp_2(s[h] - new_top);
+      p[h + 2] = exp_2(s[h + 2] - new_top);
+      total[h] = total[h] * fade + p[h] + p[h + 2];
+      top[h] = new_top;
+#pragma unroll
+      for (int j = 0; j < STEPS; ++j) {
+        sums[j][h] *= fade;
+        sums[j][h + 2] *= fade;
+      }
+    }
+    const u32 p_low = transposed(p[0], p[1]), p_high = transposed(p[2], p[3]);
+#pragma unroll
+    for (int j = 0; j < STEPS; ++j) {
+      u32 v[4];
+      read_transposed(v, (stage + value_at) ^ (j * 32));
+      multiply(sums[j], v[0], v[1], v[2], v[3], p_low, p_high);
+    }
+    __syncwarp();
+    read(i + STAGES, stage);
+    stage = stage + TILE_BYTES == end ? begin : stage + TILE_BYTES;
+  }
+  // sums[j][h], sums[j][h + 2]: dims 16 * j + group and 8 more, of head 2 * part + h.
+  __syncthreads();
+  Found& parts = *reinterpret_cast<Found*>(ring);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float whole = group_sum(total[h]);
+    if (group == 0) {
+      parts.maxima[warp][part * 2 + h] = top[h];
+      parts.totals[warp][part * 2 + h] = whole;
+    }
+#pragma unroll
+    for (int j = 0; j < STEPS; ++j) {
+      parts.sums[warp][part * 2 + h][j * 16 + group] = sums[j][h];
+      parts.sums[warp][part * 2 + h][j * 16 + group + 8] = sums[j][h + 2];
+    }
+  }
+  finish<bf16>(parts, out + head * DIMS, partial, done, count, DIMS, splits);
 }
 
 // Decode on the CUDA cores, for float32 and for what the tensor cores' kernel does not take. `lanes` lanes, a
@@ -378,7 +560,7 @@ __device__ void decode_vector(const T* queries, const T* cache, Rows rows, T* ou
 #pragma unroll
       for (int i = 0; i < 8; ++i) parts.sums[warp][h][dim + i] = sums[h][i];
   }
-  finish<T, HEADS, 256>(parts, out + head * shape.value_dim, partial, done, count, shape.value_dim, splits);
+  finish<T>(parts, out + head * shape.value_dim, partial, done, count, shape.value_dim, splits);
 }
 
 // Rows of any number of query tokens: a block takes 32 of one row's for one head, and 32 keys at a time.
@@ -549,6 +731,21 @@ extern "C" __global__ void __launch_bounds__(128) gather_blocks(const int* table
 TENSOR(64, 4)
 TENSOR(128, 3)
 TENSOR(256, 2)
+
+#define RING(WARPS, STAGES, BLOCKS)                                                                            \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) decode_ring_##WARPS##x##STAGES(             \
+      const bf16* queries, const bf16* cache, ROWS, bf16* out, float* partial, int* done, SHAPE,               \
+      int split_tokens, float scale) {                                                                         \
+    decode_ring<WARPS, STAGES>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, out,    \
+                               partial, done, Shape{heads, kv_heads, key_dim, value_dim}, split_tokens,        \
+                               scale);                                                                         \
+  }
+RING(1, 3, 9)
+RING(2, 2, 6)
+RING(2, 3, 4)
+RING(4, 2, 3)
+RING(4, 3, 2)
+RING(8, 2, 1)
 
 #define VECTOR(NAME, T)                                                                                        \
   extern "C" __global__ void __launch_bounds__(THREADS) decode_vector_##NAME(                                  \
