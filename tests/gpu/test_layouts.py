@@ -27,7 +27,7 @@ from tandem.errors import InstanceFailedError  # noqa: E402
 from tandem.instances import children_of  # noqa: E402
 from tests.server import Place, Server, title, until  # noqa: E402
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = "cuda:0"
@@ -44,6 +44,7 @@ ANSWER_S = 30.0
 MAX_TOKENS = 12
 LOGPROB_BOUND = 1e-3
 SLACK_BYTES = 32 << 20
+TOLD_S, ENDED_S, FREED_S = 3.0, 5.0, 5.0
 
 _draw = random.Random(11)
 # Of one token, of whole steps, and longer than a step.
@@ -209,14 +210,14 @@ def test_a_killed_rank_ends_the_server_and_frees_the_gpu(
         assert server.process.wait(10.0) == 1, server.log
         ended_s = time.monotonic() - killed_s
         assert [pid for pid in everyone if Path(f"/proc/{pid}").exists()] == []
-        until(lambda: before - free_bytes(GPU, os.environ) <= SLACK_BYTES, 5.0)
+        until(lambda: before - free_bytes(GPU, os.environ) <= SLACK_BYTES, FREED_S)
         freed_s = time.monotonic() - killed_s
     print(
         f"tp {tp} pp {pp}, rank {rank} killed: the client was told after {told_s:.2f} s, all had ended "
         f"after {ended_s:.2f} s, {taken >> 20} MiB were free again after {freed_s:.2f} s"
     )
-    assert told_s < 1.0
-    assert ended_s < 5.0
+    assert told_s < TOLD_S
+    assert ended_s < ENDED_S
 
 
 def worker(server: Server, rank: int) -> int:
