@@ -239,22 +239,36 @@ def pull(name: str, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--model", help="Also FlashInfer's operators for this model: minutes each, with nvcc.")
+@click.option("--tp", type=click.IntRange(1), default=1, help="Ranks that share each layer [1].")
 @_json_option
-def warm(as_json: bool) -> None:
+def warm(model: str | None, tp: int, as_json: bool) -> None:
     """Build the kernels of this machine's GPUs, once.
 
     A server's start then compiles nothing.
     """
-    command = [sys.executable, "-P", "-m", "worker.warm", "--cache", str(_cache() / "kernels")]
+    from orchestrator.gpus import architectures
+
+    cache = _cache() / "kernels"
     built = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            built.append(json.loads(line))
-            if not as_json:
-                click.echo(f"{built[-1]['name']}: {'built' if built[-1]['built'] else 'there already'}")
-    if process.returncode:
-        raise UnsupportedModelError("no kernels were built: see above", field="devices")
+    for major, minor in architectures(os.environ):
+        kind = f"{major}{minor}{'a' if major >= 9 else ''}"
+        command = [sys.executable, "-P", "-m", "worker.warm", "--cache", str(cache)]
+        command += ["--architecture", f"sm_{kind}", "--tp", str(tp)]
+        command += ["--model", str(_pull(model))] if model else []
+        # FlashInfer's builder reads these once, when it is imported.
+        environment = os.environ | {
+            "FLASHINFER_CUDA_ARCH_LIST": f"{major}.{kind[len(str(major)) :]}",
+            "FLASHINFER_WORKSPACE_BASE": str(cache / "build"),
+        }
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                built.append(json.loads(line) | {"architecture": f"sm_{kind}"})
+                if not as_json:
+                    click.echo(f"{built[-1]['name']}: {'built' if built[-1]['built'] else 'there already'}")
+        if process.returncode:
+            raise UnsupportedModelError("not all kernels were built: see above", field="devices")
     if as_json:
         _print_json({"kernels": built})
 

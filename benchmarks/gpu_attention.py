@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
-from typing import get_args
 
 import torch
 
@@ -28,9 +27,11 @@ READ_CEILING_GBS = 4660.0
 MATMUL_CEILING_TFLOPS = 785.0
 BATCHES = (1, 8, 64, 256)
 CONTEXTS = (192, 512, 1024, 8192)
-FEW_ROWS = 8
 XQA: tuple[DecodePath, ...] = ("xqa", "xqa_wide")
-OWN: tuple[DecodePath, ...] = ("tensor", *get_args(RingPath))
+FEW_ROWS = 8
+FOR_FEW: tuple[RingPath, ...] = ("ring_2x3", "ring_4x2", "ring_4x3", "ring_8x2", "ring_16x1")
+IN_CLUSTERS: tuple[RingPath, ...] = ("ring_4x2_by_4", "ring_4x2_by_8", "ring_8x2_by_2")
+FOR_MANY: tuple[RingPath, ...] = ("ring_1x3", "ring_2x2", "ring_2x3", "ring_4x2", "ring_4x3")
 PREFILL: tuple[PrefillPath, ...] = ("fa3", "fa2", "tiled")
 PROMPTS = (7000,) * 4
 COLD_BYTES = 512 << 20
@@ -160,9 +161,11 @@ def timed_us(call: Callable[[], object]) -> list[float]:
 
 def decode_rules(batch: int) -> list[DecodeRule]:
     """Return what is tried: where rows are many, cutting them is of little use."""
-    splits = (128, 256) if batch <= FEW_ROWS else (512,)
-    own = [DecodeRule(path, split_tokens=tokens) for path in OWN for tokens in splits]
-    return [*map(DecodeRule, XQA), *own]
+    rules = [*map(DecodeRule, XQA), DecodeRule("tensor", split_tokens=64 if batch <= FEW_ROWS else 256)]
+    if batch <= FEW_ROWS:
+        rules += [DecodeRule(path, split_tokens=tokens) for path in FOR_FEW for tokens in (64, 128, 256)]
+        return rules + [DecodeRule(path) for path in IN_CLUSTERS]
+    return rules + [DecodeRule(path, split_tokens=tokens) for path in FOR_MANY for tokens in (256, 1024)]
 
 
 def measure(bench: Bench) -> list[Figure]:
@@ -177,7 +180,9 @@ def measure(bench: Bench) -> list[Figure]:
                 times = bench.decode_us(rule, batch, context)
                 if times is None:
                     continue
-                path = rule.path if rule.path in XQA else f"{rule.path}@{rule.split_tokens}"
+                path = (
+                    rule.path if rule.path in (*XQA, *IN_CLUSTERS) else f"{rule.path}@{rule.split_tokens}"
+                )
                 us = found[path] = sorted(times)[len(times) // 2]
                 where = f"decode {path}, batch {batch}, context {context}"
                 figures += [

@@ -26,6 +26,17 @@ def free_bytes(device: str, environment: Mapping[str, str]) -> int:
         return int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
 
 
+def architectures(environment: Mapping[str, str]) -> list[tuple[int, int]]:
+    """Return the compute capabilities of this user's GPUs, each once. Errors: as ``free_bytes``."""
+    with _nvml() as nvml:
+        visible = _visible(environment.get("CUDA_VISIBLE_DEVICES"), nvml.nvmlDeviceGetCount())
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in visible]
+        found = {tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)) for handle in handles}
+    if not found:
+        raise UnsupportedModelError(f"no GPU is to be seen: {NEEDS}", field="devices")
+    return sorted((int(major), int(minor)) for major, minor in found)
+
+
 def ordinal_of(device: str) -> int:
     """Return N of ``cuda:N``. Errors: ``InvalidRequestError``."""
     kind, _, number = device.partition(":")

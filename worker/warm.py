@@ -1,6 +1,7 @@
-"""``python -P -m worker.warm --cache DIR``: build what a boot on this machine's GPUs would have to compile.
+"""``python -P -m worker.warm --cache DIR --architecture sm_90a``: build what a boot would have to compile.
 
-Prints a line of JSON for each kernel file: its name, and whether it had to be built.
+With ``--model DIR`` also FlashInfer's operators for that model's attention, which takes nvcc, ninja and
+some minutes each. Prints a line of JSON for each: its name, and whether it had to be built.
 """
 
 import argparse
@@ -8,25 +9,48 @@ import json
 import sys
 from pathlib import Path
 
+from protocol.errors import TandemError
+
+BLOCK_TOKENS = 64
+
 
 def main() -> int:
-    """Fill the kernel cache for every kind of GPU here; return the exit code."""
+    """Fill the kernel cache; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m worker.warm", description="Build GPU kernels.")
     parser.add_argument("--cache", required=True, type=Path, help="where they are kept")
-    cache = parser.parse_args().cache
-    import torch
-
-    if not torch.cuda.is_available():
-        sys.stderr.write("no GPU answers: there is nothing to build kernels for\n")
-        return 1
+    parser.add_argument("--architecture", required=True, help="as compilers spell it: sm_90a")
+    parser.add_argument("--model", type=Path, help="a model directory: its attention's operators too")
+    parser.add_argument("--tp", type=int, default=1)
+    options = parser.parse_args()
     from worker.backends.cuda.compiler import KernelCache
-    from worker.backends.cuda.device import architecture
 
-    for kind in sorted({architecture(ordinal) for ordinal in range(torch.cuda.device_count())}):
-        for name, was_built in KernelCache(cache, kind).warm():
-            sys.stdout.write(json.dumps({"architecture": kind, "name": name, "built": was_built}) + "\n")
-            sys.stdout.flush()
+    try:
+        for name, was_built in KernelCache(options.cache, options.architecture).warm():
+            _say(name, was_built)
+        if options.model is not None:
+            _warm_operators(options.cache, options.architecture, options.model, options.tp)
+    except TandemError as error:
+        sys.stderr.write(f"{error.message}\n")
+        return 1
     return 0
+
+
+def _warm_operators(cache: Path, architecture: str, model: Path, tp: int) -> None:
+    from models.registry import load_spec
+    from worker.backends.cuda.device import operators_directory
+    from worker.backends.cuda.flashinfer_build import build, operators_of
+
+    spec = load_spec(model, "bfloat16")
+    for group in spec.kv_groups:
+        ratio = -(-spec.heads // tp) // group.local_heads(tp)
+        operators = operators_of(group.key_dim, ratio, BLOCK_TOKENS)
+        for name, was_built in build(operators, operators_directory(cache, architecture)):
+            _say(name, was_built)
+
+
+def _say(name: str, was_built: bool) -> None:
+    sys.stdout.write(json.dumps({"name": name, "built": was_built}) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

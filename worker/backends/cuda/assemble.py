@@ -148,6 +148,9 @@ class Assembled:
     def warm_up(self) -> StepTimes:
         """Capture the graphs and run the largest steps; return what steps take."""
         self.runner.capture()
+        # What capturing took beside the graphs' own memory lies in pieces of all sizes; the largest step,
+        # run first, then takes what every other one fits in.
+        torch.cuda.empty_cache()
         return self._warm_up.run()
 
     def map_rest(self) -> int:
