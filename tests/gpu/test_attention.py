@@ -5,12 +5,13 @@ import os
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from kv.tensors import LayerCache
+from worker.backends.cuda.attention_paths import RingPath
 
 pytestmark = pytest.mark.gpu
 
@@ -69,7 +70,7 @@ FLASHINFER_PREFILL = [
     (Case(BF16, 9, 3, 64, block_tokens=16), "fa2"),
     (Case(BF16, 32, 8, 64), "fa2"),
 ]
-RINGS = ["ring_1x3", "ring_2x2", "ring_2x3", "ring_4x2", "ring_4x3", "ring_8x2"]
+RINGS = get_args(RingPath)
 DECODE_LENGTHS = [
     [1],
     [129],

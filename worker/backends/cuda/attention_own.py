@@ -18,15 +18,19 @@ _VECTOR_BLOCKS = 3
 _RING_DIM = 128
 _RING_TILE_TOKENS = 16
 _RING_TILE_BYTES = 2 * _RING_TILE_TOKENS * _RING_DIM * 2
-_RINGS: dict[DecodePath, tuple[int, int, int]] = {
-    "ring_1x3": (1, 3, 9),
-    "ring_2x2": (2, 2, 6),
-    "ring_2x3": (2, 3, 4),
-    "ring_4x2": (4, 2, 3),
-    "ring_4x3": (4, 3, 2),
-    "ring_8x2": (8, 2, 1),
+_RINGS: dict[DecodePath, tuple[int, int, int, int]] = {
+    "ring_1x3": (1, 3, 9, 1),
+    "ring_2x2": (2, 2, 6, 1),
+    "ring_2x3": (2, 3, 4, 1),
+    "ring_4x2": (4, 2, 3, 1),
+    "ring_4x3": (4, 3, 2, 1),
+    "ring_8x2": (8, 2, 1, 1),
+    "ring_16x1": (16, 1, 1, 1),
+    "ring_4x2_by_4": (4, 2, 3, 4),
+    "ring_4x2_by_8": (4, 2, 3, 8),
+    "ring_8x2_by_2": (8, 2, 1, 2),
 }
-"""Warps of a block, tiles of a warp, and blocks that a multiprocessor has shared memory for."""
+"""Warps of a block, tiles of a warp, blocks that a multiprocessor has memory for, blocks of a cluster."""
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _LOG2_E = 1.4426950408889634
 
@@ -106,10 +110,10 @@ class OwnDecode:
         self._split_tokens = split_tokens
         largest = max(shape.key_dim, shape.value_dim)
         self._arguments: tuple[float, ...] = (_LOG2_E / math.sqrt(shape.key_dim),)
-        self._threads, self._shared_bytes = _THREADS, 0
+        self._threads, self._shared_bytes, self._cluster = _THREADS, 0, 1
         if path in _RINGS:
-            warps, stages, blocks = _RINGS[path]
-            assert split_tokens >= _RING_TILE_TOKENS * warps, (split_tokens, path)
+            warps, stages, blocks, self._cluster = _RINGS[path]
+            assert split_tokens & (split_tokens - 1) == 0, split_tokens
             self._kernel = kernels.get("attention", f"decode_{path}", "PPPPPiiPPPiiiiif")
             self._heads, self._threads = 8, 32 * warps
             self._shared_bytes = warps * stages * _RING_TILE_BYTES
@@ -133,10 +137,13 @@ class OwnDecode:
         """Whether the path is one of our kernels and takes the shape."""
         if path == "vector":
             return True
-        if path in _RINGS and not shape.key_dim == shape.value_dim == _RING_DIM:
+        if path in _RINGS:
+            is_power_of_two = shape.block_tokens & (shape.block_tokens - 1) == 0
+            if not is_power_of_two or not shape.key_dim == shape.value_dim == _RING_DIM:
+                return False
+        elif path != "tensor":
             return False
-        on_tensor_cores = path == "tensor" or path in _RINGS
-        return on_tensor_cores and shape.dtype == torch.bfloat16 and shape.block_tokens % 16 == 0
+        return shape.dtype == torch.bfloat16 and shape.block_tokens % 16 == 0
 
     def launch(
         self,
@@ -150,7 +157,7 @@ class OwnDecode:
         """Attend ``queries`` [rows, heads * key_dim]."""
         shape = self._shape
         self._kernel(
-            (self._splits(rows.count), self._pairs_per_row, rows.count),
+            (self._splits(rows.count) * self._cluster, self._pairs_per_row, rows.count),
             self._threads,
             (
                 queries,
@@ -174,6 +181,8 @@ class OwnDecode:
         )
 
     def _splits(self, rows: int) -> int:
+        if self._cluster > 1:
+            return 1
         pairs = rows * self._pairs_per_row
         return split(pairs, self._shape.max_context, self._blocks_at_once, self._split_tokens)
 

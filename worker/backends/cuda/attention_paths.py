@@ -7,8 +7,22 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-RingPath = Literal["ring_1x3", "ring_2x2", "ring_2x3", "ring_4x2", "ring_4x3", "ring_8x2"]
-"""Our kernel for bf16 dims of 128: warps of a block x tiles of 16 tokens that each has in shared memory."""
+RingPath = Literal[
+    "ring_1x3",
+    "ring_2x2",
+    "ring_2x3",
+    "ring_4x2",
+    "ring_4x3",
+    "ring_8x2",
+    "ring_16x1",
+    "ring_4x2_by_4",
+    "ring_4x2_by_8",
+    "ring_8x2_by_2",
+]
+"""Our kernel for bf16 dims of 128: warps of a block x tiles of 16 tokens that each has in shared memory.
+
+``by``: so many blocks, a cluster, share a row whatever its length and ``split_tokens``.
+"""
 DecodePath = RingPath | Literal["xqa", "xqa_wide", "tensor", "vector"]
 """FlashInfer's XQA with one or two blocks a multiprocessor; our kernels on tensor and on CUDA cores."""
 PrefillPath = Literal["fa3", "fa2", "tiled"]

@@ -64,6 +64,34 @@ template <int HEADS, int DIMS, int WARPS = ::WARPS> struct Parts {
   int ticket;
 };
 
+// A head of a block: four dims of the sum over its warps, with the maximum and the denominator.
+struct Merged { float sum[4], top, total; };
+
+template <int HEADS, int DIMS, int WARPS>
+__device__ __forceinline__ Merged merge_warps(const Parts<HEADS, DIMS, WARPS>& parts, int head, int dim) {
+  Merged merged = {{}, parts.maxima[0][head], 0.0f};
+#pragma unroll
+  for (int w = 1; w < WARPS; ++w) merged.top = fmaxf(merged.top, parts.maxima[w][head]);
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) {
+    const float weight = weight_of(parts.maxima[w][head], merged.top);
+    const float4 x = *reinterpret_cast<const float4*>(&parts.sums[w][head][dim]);
+    merged.sum[0] += weight * x.x;
+    merged.sum[1] += weight * x.y;
+    merged.sum[2] += weight * x.z;
+    merged.sum[3] += weight * x.w;
+    merged.total += weight * parts.totals[w][head];
+  }
+  return merged;
+}
+
+template <typename T> __device__ __forceinline__ void store_mean(T* to, Merged& merged) {
+  const float inverse = merged.total > 0.0f ? 1.0f / merged.total : 0.0f;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) merged.sum[k] *= inverse;
+  store<T, 4>(to, merged.sum);
+}
+
 // Merge the warps, then the splits. `out` is the first of `count` heads of one token.
 // partial: [row and head tile][split][head of the tile][value_dim + 2]: sums, maximum, total.
 template <typename T, int HEADS, int DIMS, int WARPS>
@@ -76,33 +104,17 @@ __device__ void finish(Parts<HEADS, DIMS, WARPS>& parts, T* out, float* partial,
   __syncthreads();
   for (int i = 4 * threadIdx.x; i < count * value_dim; i += 4 * THREADS) {
     const int head = i / value_dim, dim = i % value_dim;
-    float top = parts.maxima[0][head];
-#pragma unroll
-    for (int w = 1; w < WARPS; ++w) top = fmaxf(top, parts.maxima[w][head]);
-    float sum[4] = {}, total = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-      const float weight = weight_of(parts.maxima[w][head], top);
-      const float4 x = *reinterpret_cast<const float4*>(&parts.sums[w][head][dim]);
-      sum[0] += weight * x.x;
-      sum[1] += weight * x.y;
-      sum[2] += weight * x.z;
-      sum[3] += weight * x.w;
-      total += weight * parts.totals[w][head];
-    }
+    Merged merged = merge_warps(parts, head, dim);
     if (splits == 1) {
-      const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) sum[k] *= inverse;
-      store<T, 4>(out + i, sum);
+      store_mean(out + i, merged);
     } else {
       // The pitch is even, so two values are eight aligned bytes.
       float2* to = reinterpret_cast<float2*>(mine + head * pitch + dim);
-      to[0] = make_float2(sum[0], sum[1]);
-      to[1] = make_float2(sum[2], sum[3]);
+      to[0] = make_float2(merged.sum[0], merged.sum[1]);
+      to[1] = make_float2(merged.sum[2], merged.sum[3]);
       if (dim == 0) {
-        mine[head * pitch + value_dim] = top;
-        mine[head * pitch + value_dim + 1] = total;
+        mine[head * pitch + value_dim] = merged.top;
+        mine[head * pitch + value_dim + 1] = merged.total;
       }
     }
   }
@@ -298,9 +310,11 @@ __device__ void decode_tensor(const bf16* queries, const bf16* cache, Rows rows,
   finish<bf16>(parts, out + head * shape.value_dim, partial, done, count, shape.value_dim, splits);
 }
 
-// The same products for dims of 128, with a ring of STAGES tiles of 16 tokens in shared memory for each warp, so
-// that many bytes are under way and the warps of a block meet only at the end. A tile is the keys, then the values;
-// a token's 16 chunks of 16 bytes stand there in an order that depends on the token, for free of bank conflicts.
+// The same products for dims of 128, with a ring of STAGES tiles of 16 tokens in shared memory for each warp:
+// many bytes are under way, and the warps of a block meet only at the end. A tile is the keys, then the values; a
+// token's 16 chunks of 16 bytes stand in an order that depends on the token, so that no banks collide.
+// Where CLUSTER > 1, the grid's x is a cluster of so many blocks; they share a row, whatever its length, and
+// merge through each other's shared memory. block_tokens and split_tokens are powers of two.
 constexpr int TILE_TOKENS = 16, TOKEN_BYTES = 256, KEYS_BYTES = TILE_TOKENS * TOKEN_BYTES;
 
 __device__ __forceinline__ u32 shared_address(const void* at) {
@@ -335,14 +349,72 @@ __device__ __forceinline__ void read_transposed(u32 (&x)[4], u32 at) {
                : "memory");
 }
 
-template <int WARPS, int STAGES>
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ float4 read_peer(u32 at, int block) {
+  float4 x;
+  asm volatile("{\n\t.reg .u32 there;\n\tmapa.shared::cluster.u32 there, %4, %5;\n\t"
+               "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];\n\t}"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(at), "r"(block)
+               : "memory");
+  return x;
+}
+
+// What a block of a cluster found: the sums, then the maximum and the denominator, of each head.
+template <int HEADS, int DIMS> struct Whole { alignas(16) float heads[HEADS][DIMS + 4]; };
+
+// Each block writes its share of the outputs of `count` heads.
+template <int CLUSTER, int HEADS, int DIMS, int PITCH, int WARPS>
+__device__ void finish_cluster(const Parts<HEADS, PITCH, WARPS>& parts, Whole<HEADS, DIMS>& whole, bf16* out,
+                               int count) {
+  constexpr int PACKS = DIMS / 4;
+  __syncthreads();
+  for (int i = threadIdx.x; i < count * PACKS; i += 32 * WARPS) {
+    const int head = i / PACKS, dim = i % PACKS * 4;
+    const Merged m = merge_warps(parts, head, dim);
+    float4* to = reinterpret_cast<float4*>(&whole.heads[head][dim]);
+    *to = make_float4(m.sum[0], m.sum[1], m.sum[2], m.sum[3]);
+    if (dim == 0) whole.heads[head][DIMS] = m.top, whole.heads[head][DIMS + 1] = m.total;
+  }
+  cluster_sync();
+  const int share = count * PACKS / CLUSTER;
+  for (int i = threadIdx.x; i < share; i += 32 * WARPS) {
+    const int pack = blockIdx.x * share + i, head = pack / PACKS, dim = pack % PACKS * 4;
+    const u32 from = shared_address(&whole.heads[head][0]);
+    float4 ends[CLUSTER], x[CLUSTER];
+    Merged m = {{}, NONE, 0.0f};
+#pragma unroll
+    for (int c = 0; c < CLUSTER; ++c) {
+      ends[c] = read_peer(from + DIMS * 4, c);
+      x[c] = read_peer(from + dim * 4, c);
+      m.top = fmaxf(m.top, ends[c].x);
+    }
+#pragma unroll
+    for (int c = 0; c < CLUSTER; ++c) {
+      const float weight = weight_of(ends[c].x, m.top);
+      m.sum[0] += weight * x[c].x;
+      m.sum[1] += weight * x[c].y;
+      m.sum[2] += weight * x[c].z;
+      m.sum[3] += weight * x[c].w;
+      m.total += weight * ends[c].y;
+    }
+    store_mean(out + pack * 4, m);
+  }
+  cluster_sync();  // no block leaves before it was read
+}
+
+template <int WARPS, int STAGES, int CLUSTER>
 __device__ void decode_ring(const bf16* queries, const bf16* cache, Rows rows, bf16* out, float* partial,
                             int* done, Shape shape, int split_tokens, float scale) {
   constexpr int DIMS = 128, HEADS = 8, STEPS = DIMS / 16, TILE_BYTES = 2 * KEYS_BYTES;
-  extern __shared__ __align__(1024) unsigned char ring[];
+  extern __shared__ __align__(256) unsigned char ring[];
   // Four floats more a head than there are dims: the heads that a warp writes at once lie in banks of their own.
   using Found = Parts<HEADS, DIMS + 4, WARPS>;
-  static_assert(sizeof(Found) <= WARPS * STAGES * TILE_BYTES, "the ring holds what the warps found");
+  using Ours = Whole<HEADS, DIMS>;
+  static_assert(sizeof(Found) + sizeof(Ours) <= WARPS * STAGES * TILE_BYTES, "the ring holds what was found");
   let_next_start();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, part = lane % 4;
   const int chunk = lane % 16, odd = lane / 16, eighth = lane / 8, within = lane % 8;
@@ -363,16 +435,19 @@ __device__ void decode_ring(const bf16* queries, const bf16* cache, Rows rows, b
   const int values = shape.kv_heads * DIMS;
   wait_for_previous();
 
-  const int length = rows.lengths[row];
   const int* blocks = rows.blocks(row);
-  const int splits = active_splits(length, split_tokens);
+  const int length = rows.lengths[row];
+  const int wanted = (length + split_tokens - 1) >> (31 - __clz(split_tokens));
+  const int splits = CLUSTER > 1 ? CLUSTER : max(1, min(static_cast<int>(gridDim.x), wanted));
   if (blockIdx.x >= splits) return;
   const int tiles = (length + TILE_TOKENS - 1) / TILE_TOKENS, stride = splits * WARPS;
-  const int first_tile = blockIdx.x * WARPS + warp;
+  const int first_tile = CLUSTER > 1 ? warp * CLUSTER + blockIdx.x : blockIdx.x * WARPS + warp;
+  const int block_shift = 31 - __clz(rows.block_tokens);
   // The cache lines of the warp's next 32 tiles, one a lane, looked up together and long before they are needed.
   auto look_up = [&](int i) {
     const int token = (first_tile + (i + lane) * stride) * TILE_TOKENS;
-    return token < length ? static_cast<int>(rows.line(blocks, token)) : 0;
+    if (token >= length) return 0;
+    return (blocks[token >> block_shift] << block_shift) + (token & (rows.block_tokens - 1));
   };
   int lines = look_up(0), later_lines = look_up(32);
   auto read = [&](int i, u32 stage) {
@@ -467,7 +542,10 @@ __device__ void decode_ring(const bf16* queries, const bf16* cache, Rows rows, b
       parts.sums[warp][part * 2 + h][j * 16 + group + 8] = sums[j][h + 2];
     }
   }
-  finish<bf16>(parts, out + head * DIMS, partial, done, count, DIMS, splits);
+  if constexpr (CLUSTER > 1)
+    finish_cluster<CLUSTER>(parts, *reinterpret_cast<Ours*>(ring + sizeof(Found)), out + head * DIMS, count);
+  else
+    finish<bf16>(parts, out + head * DIMS, partial, done, count, DIMS, splits);
 }
 
 // Decode on the CUDA cores, for float32 and for what the tensor cores' kernel does not take. `lanes` lanes, a
@@ -732,20 +810,24 @@ TENSOR(64, 4)
 TENSOR(128, 3)
 TENSOR(256, 2)
 
-#define RING(WARPS, STAGES, BLOCKS)                                                                            \
-  extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) decode_ring_##WARPS##x##STAGES(             \
+#define RING(NAME, WARPS, STAGES, BLOCKS, CLUSTER, ATTRIBUTE)                                                 \
+  extern "C" __global__ void ATTRIBUTE __launch_bounds__(32 * WARPS, BLOCKS) decode_ring_##NAME(               \
       const bf16* queries, const bf16* cache, ROWS, bf16* out, float* partial, int* done, SHAPE,               \
       int split_tokens, float scale) {                                                                         \
-    decode_ring<WARPS, STAGES>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, out,    \
-                               partial, done, Shape{heads, kv_heads, key_dim, value_dim}, split_tokens,        \
-                               scale);                                                                         \
+    decode_ring<WARPS, STAGES, CLUSTER>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, \
+                                        out, partial, done, Shape{heads, kv_heads, key_dim, value_dim},        \
+                                        split_tokens, scale);                                                  \
   }
-RING(1, 3, 9)
-RING(2, 2, 6)
-RING(2, 3, 4)
-RING(4, 2, 3)
-RING(4, 3, 2)
-RING(8, 2, 1)
+RING(1x3, 1, 3, 9, 1, )
+RING(2x2, 2, 2, 6, 1, )
+RING(2x3, 2, 3, 4, 1, )
+RING(4x2, 4, 2, 3, 1, )
+RING(4x3, 4, 3, 2, 1, )
+RING(8x2, 8, 2, 1, 1, )
+RING(16x1, 16, 1, 1, 1, )
+RING(4x2_by_4, 4, 2, 3, 4, __cluster_dims__(4, 1, 1))
+RING(4x2_by_8, 4, 2, 3, 8, __cluster_dims__(8, 1, 1))
+RING(8x2_by_2, 8, 2, 1, 2, __cluster_dims__(2, 1, 1))
 
 #define VECTOR(NAME, T)                                                                                        \
   extern "C" __global__ void __launch_bounds__(THREADS) decode_vector_##NAME(                                  \
