@@ -59,12 +59,16 @@ class Runner:
             while self._awaited:
                 self._take_tokens()
         self._awaited: deque[list[Row]] = deque()
-        self._sampling: dict[int, RowSampling] = {}
-        self._batch = Batch(self.limits, self._on_new_row)
+        sampling: dict[int, RowSampling] = {}
+        is_last = self._is_last
 
-    def _on_new_row(self, row: Row) -> None:
-        if self._is_last:
-            self._sampling[row.slot] = RowSampling.from_new_row(row.new_row)
+        def on_new_row(row: Row) -> None:
+            # Without ``self``: a runner that held itself would keep weights and KV until a collection.
+            if is_last:
+                sampling[row.slot] = RowSampling.from_new_row(row.new_row)
+
+        self._sampling = sampling
+        self._batch = Batch(self.limits, on_new_row)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan, answer: Answer) -> None:

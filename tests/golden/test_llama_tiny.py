@@ -4,6 +4,8 @@ Models are made here with a fixed seed by ``save_pretrained``; odd sizes make ev
 work: 257 vocabulary rows and 90 inner features divide by nothing.
 """
 
+import gc
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -207,3 +209,23 @@ def test_bfloat16_stays_within_its_bound(root: Path, tp: int, pp: int) -> None:
         for position, found in job.prompt_scores.items():
             expected = float(scores[position - 1, job.prompt_ids[position]])
             assert abs(found.logprob - expected) < BFLOAT16_BOUND
+
+
+def kv_descriptors() -> int:
+    """Count the KV memories that this process has open."""
+    found = Path("/proc/self/fd").iterdir()
+    return sum(os.path.realpath(one).startswith("/memfd:tandem-kv") for one in found)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 3)])
+def test_a_ranks_memory_goes_with_it(root: Path, tp: int, pp: int) -> None:
+    gc.collect()
+    gc.disable()  # Nothing may hold itself.
+    try:
+        before = kv_descriptors()
+        with run_ranks_as_threads(tiny(root, 2)[0], Topology(tp, pp)) as instance:
+            Driver(instance).run([Job([1, 2, 3], NEW_TOKENS)])
+            assert kv_descriptors() == before + tp * pp
+        assert kv_descriptors() == before
+    finally:
+        gc.enable()
