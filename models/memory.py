@@ -82,9 +82,15 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     """Said to the user where the context had to be fitted."""
 
     def with_blocks(self, num_blocks: int) -> "MemoryPlan":
-        """Return the plan with the blocks that the ranks found room for."""
+        """Return the plan with the blocks that the ranks found room for; no context is longer than they."""
         tokens = num_blocks * self.kv_tokens // max(self.num_blocks, 1)
-        return msgspec.structs.replace(self, num_blocks=num_blocks, kv_tokens=tokens)
+        context, note = self.context, self.note
+        if tokens < context:
+            context = tokens
+            note = f"context fitted to {tokens} tokens: the ranks found less room for KV than was planned"
+        return msgspec.structs.replace(
+            self, num_blocks=num_blocks, kv_tokens=tokens, context=context, note=note
+        )
 
     @property
     def tightest(self) -> RankPlan:

@@ -30,12 +30,16 @@ from orchestrator.scheduler import Scheduler, SchedulerConfig
 from protocol.abort_page import make_page
 from protocol.client import Info
 from protocol.control import Boot, Ready
-from protocol.errors import InvalidRequestError, StorageError
+from protocol.errors import InvalidRequestError, MemoryBudgetError, StorageError
 from protocol.runtime_dir import InstanceDirectory, InstanceFacts, InstanceState
 from protocol.topology import Topology
 
 if TYPE_CHECKING:
     from orchestrator.text import TextService
+
+
+LEAST_CONTEXT = 2
+"""A token of the prompt and one of the answer."""
 
 
 class Blueprint(msgspec.Struct, frozen=True):
@@ -136,9 +140,19 @@ class Blueprint(msgspec.Struct, frozen=True):
         ]
 
     def settled(self, ready: Sequence[Ready]) -> Self:
-        """Return the blueprint with as many blocks as every rank has."""
-        num_blocks = min(rank.num_blocks for rank in ready)
-        return msgspec.structs.replace(self, plan=self.plan.with_blocks(num_blocks))
+        """Return the blueprint with as many blocks as every rank has.
+
+        Errors: ``MemoryBudgetError`` where they do not hold the context that was asked for.
+        """
+        plan = self.plan.with_blocks(min(rank.num_blocks for rank in ready))
+        wanted = self.config.context or LEAST_CONTEXT
+        if plan.context < wanted:
+            raise MemoryBudgetError(
+                f"the ranks found room for {plan.kv_tokens} tokens of KV, {wanted} were asked: "
+                "give more --memory, more ranks, or a smaller --context",
+                field="memory",
+            )
+        return msgspec.structs.replace(self, plan=plan)
 
     def scheduler(self, epoch: int) -> Scheduler:
         """Return a scheduler with an empty pool."""
@@ -184,9 +198,10 @@ def _check_limits(config: ServeConfig) -> None:
         value = getattr(config, name)
         if value < 1:
             raise InvalidRequestError(f"{name} must be at least 1, not {value}", field=name)
-    if config.context is not None and config.context < 2:
+    if config.context is not None and config.context < LEAST_CONTEXT:
         raise InvalidRequestError(
-            f"a context of {config.context} holds no prompt and answer: ask for 2 or more", field="context"
+            f"a context of {config.context} holds no prompt and answer: ask for {LEAST_CONTEXT} or more",
+            field="context",
         )
     if config.step_tokens < config.max_rows:
         raise InvalidRequestError(
