@@ -39,7 +39,7 @@ LAYOUTS = [
 ]
 LIMITS = ("--dtype=float32", "--max-rows=8", "--step-tokens=64", "--context=256")
 GIB_A_RANK = 2
-LAYOUT_S = 40.0
+LAYOUT_S = 60.0
 ANSWER_S = 30.0
 MAX_TOKENS = 12
 LOGPROB_BOUND = 1e-3
