@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from protocol.abort_page import make_page
 from protocol.topology import Topology
 from worker.backends.cuda.comm import CudaCommunicator
 from worker.backends.cuda.comm_ipc import IpcGroup
@@ -54,7 +55,9 @@ def median_us(comm: CudaCommunicator, call: Callable[[], object], burst: int, re
     return statistics.median(times[2:])
 
 
-def measure(rank: int, ranks: int, directory: str, kernels: str, burst: int, replays: int) -> Table:
+def measure(
+    rank: int, ranks: int, directory: str, page_fd: int, kernels: str, burst: int, replays: int
+) -> Table:
     """Return one rank's table."""
     count = torch.cuda.device_count()
     torch.cuda.set_device(rank % count)
@@ -68,6 +71,7 @@ def measure(rank: int, ranks: int, directory: str, kernels: str, burst: int, rep
         f"{directory}/rendezvous",
         60.0,
         Kernels(cache),
+        page_fd=page_fd,
         nccl_bytes=max(max(SIZES), NCCL_FROM_BYTES) if has_own else 0,
     )
     group, nccl = comm._group, comm._nccl  # noqa: SLF001  # each way by itself, whatever the size
@@ -117,20 +121,24 @@ def main() -> None:
     """Fork the ranks, before any of them has a context; this process only collects."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--kernels", required=True, help="directory of the kernel cache")
+    kernels = str(Path.home() / ".cache" / "tandem" / "kernels")
+    parser.add_argument("--kernels", default=kernels, help="the cache of compiled kernels")
     parser.add_argument("--burst", type=int, default=50, help="calls in a graph")
     parser.add_argument("--replays", type=int, default=21)
     parser.add_argument("--json", metavar="PATH")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         found = Path(directory, "table.json")
+        page_fd = make_page()
         children = []
         for rank in range(asked.ranks):
             pid = os.fork()
             if pid == 0:
                 status = 1
                 try:
-                    table = measure(rank, asked.ranks, directory, asked.kernels, asked.burst, asked.replays)
+                    table = measure(
+                        rank, asked.ranks, directory, page_fd, asked.kernels, asked.burst, asked.replays
+                    )
                     if rank == 0:
                         where = torch.cuda.get_device_name()
                         has_own = torch.cuda.device_count() >= asked.ranks

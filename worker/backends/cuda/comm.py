@@ -8,7 +8,6 @@ from datetime import timedelta
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from protocol.abort_page import make_page
 from protocol.topology import Topology
 from worker.backends.cuda.comm_ipc import IpcGroup, IpcLane
 from worker.backends.cuda.comm_memory import MOST_GROUP, LaneLayout, Regions, lay_out
@@ -16,7 +15,6 @@ from worker.backends.cuda.comm_nccl import NCCL_FROM_BYTES, NcclWay
 from worker.backends.cuda.comm_page import MOST_RANKS, DeviceOperation, Page
 from worker.backends.cuda.driver import CudaError
 from worker.backends.cuda.launch import Kernels
-from worker.comm_group import CollectiveError
 
 _FAREWELL_S = 1.0
 """How long a rank keeps its memory for peers that have not left yet."""
@@ -59,24 +57,25 @@ class CudaCommunicator:
         timeout_s: float,
         kernels: Kernels,
         *,
-        page_fd: int | None = None,
+        page_fd: int | None,
         nccl_bytes: int = 0,
     ) -> "CudaCommunicator":
         """Meet the other ranks through ``rendezvous_file``, new for this epoch, in a private directory.
 
         Uses torch's current device. ``timeout_s`` bounds the meeting and every later wait. ``page_fd`` is
-        the abort page that the supervisor made (``make_page``), and stays the caller's; without it the
-        first rank makes one. ``nccl_bytes``: the longest message, where every rank has a GPU of its own;
-        0 leaves NCCL out. Errors: ``CollectiveError``; ``CudaError``; ``ValueError`` for too many ranks.
+        the abort page that the supervisor made, and stays the caller's; a single rank needs none.
+        ``nccl_bytes``: the longest message, where every rank has a GPU of its own; 0 leaves NCCL out.
+        Errors: ``CollectiveError``; ``CudaError``; ``ValueError`` for too many ranks.
         """
         if topology.world_size == 1:
             return cls(rank, topology)
         if topology.tp > MOST_GROUP or topology.world_size > MOST_RANKS:
             raise ValueError(f"{topology} has more ranks than {MOST_GROUP} a group or {MOST_RANKS} in all")
+        assert page_fd is not None, "ranks that have peers get an abort page"
         torch.empty(1, device="cuda")  # torch's context becomes the current one
         store = FileStore(os.fspath(rendezvous_file), topology.world_size)
         store.set_timeout(timedelta(seconds=timeout_s))
-        page = _open_page(store, rank, topology.world_size, timeout_s, page_fd)
+        page = Page(page_fd, rank, topology.world_size, timeout_s)
         layout = lay_out(topology)
         regions = Regions(rank, layout.num_bytes)
         regions.exchange(store, _peers(topology, rank))
@@ -211,27 +210,3 @@ def _peers(topology: Topology, rank: int) -> list[int]:
     stage, place = topology.stage(rank), topology.tp_rank(rank)
     neighbours = (topology.rank((stage + step) % topology.pp, place) for step in (-1, 1))
     return sorted({*topology.tp_group(stage), *neighbours} - {rank})
-
-
-def _open_page(store: FileStore, rank: int, world_size: int, timeout_s: float, fd: int | None) -> Page:
-    if fd is not None:
-        return Page(fd, rank, world_size, timeout_s)
-    fd = -1
-    try:
-        if rank == 0:
-            fd = make_page()
-            store.set("page", f"/proc/{os.getpid()}/fd/{fd}")
-        else:
-            fd = os.open(store.get("page").decode(), os.O_RDWR | os.O_CLOEXEC)
-        page = Page(fd, rank, world_size, timeout_s)
-        store.set(f"page/{rank}", "mapped")
-        if rank == 0:
-            # The others open it through this process's descriptor.
-            store.wait([f"page/{peer}" for peer in range(world_size)])
-        return page
-    except (OSError, RuntimeError) as error:
-        others = [peer for peer in range(world_size) if peer != rank]
-        raise CollectiveError(rank, "connect", others, str(error).partition("\n")[0]) from None
-    finally:
-        if fd >= 0:
-            os.close(fd)
