@@ -27,11 +27,12 @@ READ_CEILING_GBS = 4660.0
 MATMUL_CEILING_TFLOPS = 785.0
 BATCHES = (1, 8, 64, 256)
 CONTEXTS = (192, 512, 1024, 8192)
+SPREAD = (64, 1088)
 XQA: tuple[DecodePath, ...] = ("xqa", "xqa_wide")
 FEW_ROWS = 8
 FOR_FEW: tuple[RingPath, ...] = ("ring_2x3", "ring_4x2", "ring_4x3", "ring_8x2", "ring_16x1")
 IN_CLUSTERS: tuple[RingPath, ...] = ("ring_4x2_by_4", "ring_4x2_by_8", "ring_8x2_by_2")
-FOR_MANY: tuple[RingPath, ...] = ("ring_1x3", "ring_2x2", "ring_2x3", "ring_4x2", "ring_4x3")
+FOR_MANY: tuple[RingPath, ...] = ("ring_1x3", "ring_2x2", "ring_2x3", "ring_3x2", "ring_4x2", "ring_4x3")
 PREFILL: tuple[PrefillPath, ...] = ("fa3", "fa2", "tiled")
 PROMPTS = (7000,) * 4
 COLD_BYTES = 512 << 20
@@ -100,17 +101,17 @@ class Bench:
             for i in range(max(1, min(wanted, len(self.lines) // lines)))
         ]
 
-    def decode_us(self, rule: DecodeRule, batch: int, context: int) -> list[float] | None:
+    def decode_us(self, rule: DecodeRule, contexts: list[int]) -> list[float] | None:
         """Return microseconds a launch, of each repeat, or None where the path is not available."""
-        shape = self.shape
+        shape, batch = self.shape, len(contexts)
         attention = self.attention((rule, DecodeRule("vector")), ("tiled",))
         if attention.decode_path(batch) != rule.path:
             return None
-        block_tables, lines = self.tables([context] * batch)
+        block_tables, lines = self.tables(contexts)
         caches = self.caches(lines)
         launches = max(8, len(caches))
         rows = torch.arange(batch, dtype=torch.int32, device=self.device)
-        lengths = torch.full((batch,), context, dtype=torch.int32, device=self.device)
+        lengths = torch.tensor(contexts, dtype=torch.int32, device=self.device)
         queries = torch.randn((batch, shape.heads * shape.key_dim), device=self.device).to(shape.dtype)
         out = torch.empty_like(queries)
         plan = attention.plan_decode(batch, rows, lengths, block_tables)
@@ -168,16 +169,26 @@ def decode_rules(batch: int) -> list[DecodeRule]:
     return rules + [DecodeRule(path, split_tokens=tokens) for path in FOR_MANY for tokens in (256, 1024)]
 
 
+def decode_contexts(batch: int) -> dict[str, list[int]]:
+    """Return the tokens of each row by their name: rows that are alike, and many of all lengths."""
+    contexts = {str(context): [context] * batch for context in CONTEXTS}
+    if batch > FEW_ROWS:
+        first, last = SPREAD
+        order = torch.randperm(batch, generator=torch.Generator().manual_seed(0)).tolist()
+        contexts[f"{first} to {last}"] = [first + (last - first) * i // (batch - 1) for i in order]
+    return contexts
+
+
 def measure(bench: Bench) -> list[Figure]:
     """Return every path at every size, and for each size the fastest path."""
     figures = []
     shape = bench.shape
     for batch in BATCHES:
-        for context in CONTEXTS:
+        for context, lengths in decode_contexts(batch).items():
             found: dict[str, float] = {}
-            kv_bytes = batch * context * bench.width * 2
+            kv_bytes = sum(lengths) * bench.width * 2
             for rule in decode_rules(batch):
-                times = bench.decode_us(rule, batch, context)
+                times = bench.decode_us(rule, lengths)
                 if times is None:
                     continue
                 path = (

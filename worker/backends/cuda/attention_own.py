@@ -22,6 +22,7 @@ _RINGS: dict[DecodePath, tuple[int, int, int, int]] = {
     "ring_1x3": (1, 3, 9, 1),
     "ring_2x2": (2, 2, 6, 1),
     "ring_2x3": (2, 3, 4, 1),
+    "ring_3x2": (3, 2, 4, 1),
     "ring_4x2": (4, 2, 3, 1),
     "ring_4x3": (4, 3, 2, 1),
     "ring_8x2": (8, 2, 1, 1),

@@ -11,6 +11,7 @@ RingPath = Literal[
     "ring_1x3",
     "ring_2x2",
     "ring_2x3",
+    "ring_3x2",
     "ring_4x2",
     "ring_4x3",
     "ring_8x2",
