@@ -1,6 +1,6 @@
 """What does an all-reduce cost inside a CUDA graph, by each way, and fused with residual + RMSNorm?
 
-Run: ``python -m benchmarks.gpu_all_reduce --ranks 2 --kernels DIRECTORY [--json PATH]``. Ranks take a GPU
+Run: ``python -m benchmarks.gpu_all_reduce --ranks 2 [--kernels DIRECTORY] [--json PATH]``. Ranks take a GPU
 each where there are enough; else they share, and the figures are those of time slices: right, and useless
 as times. Microseconds a call, medians over replays of rank 0, beside those of NCCL and of one-shot over
 symmetric memory on two H200. A message longer than a launch takes goes in pieces.

@@ -25,6 +25,7 @@ from protocol.control import TokenLogprobs  # noqa: E402
 from tandem import Client  # noqa: E402
 from tandem.errors import InstanceFailedError  # noqa: E402
 from tandem.instances import children_of  # noqa: E402
+from tests.faults.streams import Streams  # noqa: E402
 from tests.server import Place, Server, title, until  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -217,6 +218,20 @@ def test_a_killed_rank_ends_the_server_and_frees_the_gpu(
         f"after {ended_s:.2f} s, {taken >> 20} MiB were free again after {freed_s:.2f} s"
     )
     assert told_s < TOLD_S
+    assert ended_s < ENDED_S
+
+
+def test_a_killed_orchestrator_leaves_nothing_on_the_gpu(models: dict[str, Path]) -> None:
+    """Nobody writes the abort word then: the ranks end with their parent."""
+    before = free_bytes(GPU, os.environ)
+    with serving(models["tiny-8-2"], GPU, 2) as server, Streams(server.facts["address"]) as client:
+        client.ask("one", max_tokens=240)
+        client.until_running("one")
+        killed_s = time.monotonic()
+        server.kill()
+        ended_s = time.monotonic() - killed_s
+        until(lambda: before - free_bytes(GPU, os.environ) <= SLACK_BYTES, FREED_S)
+    print(f"all had ended after {ended_s:.2f} s")
     assert ended_s < ENDED_S
 
 
