@@ -317,6 +317,13 @@ __device__ void decode_tensor(const bf16* queries, const bf16* cache, Rows rows,
 // merge through each other's shared memory. block_tokens and split_tokens are powers of two.
 constexpr int TILE_TOKENS = 16, TOKEN_BYTES = 256, KEYS_BYTES = TILE_TOKENS * TOKEN_BYTES;
 
+// Here, and not only where the value is needed: two such reads are under way together.
+__device__ __forceinline__ int read_now(const int* from) {
+  int x;
+  asm volatile("ld.volatile.global.b32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+
 __device__ __forceinline__ u32 shared_address(const void* at) {
   return static_cast<u32>(__cvta_generic_to_shared(at));
 }
@@ -435,8 +442,8 @@ __device__ void decode_ring(const bf16* queries, const bf16* cache, Rows rows, b
   const int values = shape.kv_heads * DIMS;
   wait_for_previous();
 
-  const int* blocks = rows.blocks(row);
-  const int length = rows.lengths[row];
+  const int length = read_now(rows.lengths + row), slot = read_now(rows.slots + row);
+  const int* blocks = rows.tables + static_cast<i64>(slot) * rows.max_blocks;
   const int wanted = (length + split_tokens - 1) >> (31 - __clz(split_tokens));
   const int splits = CLUSTER > 1 ? CLUSTER : max(1, min(static_cast<int>(gridDim.x), wanted));
   if (blockIdx.x >= splits) return;
