@@ -179,8 +179,8 @@ def prefill_all(instance: CudaInstance, step: int) -> tuple[float, int]:
     return prompts * tokens / took_s, step + 1
 
 
-def kernels(work: Callable[[], object]) -> list[dict[str, Any]]:
-    """Return what the device runs in one of ``PROFILED`` steps, by kernel, most time first."""
+def kernels(work: Callable[[], object], times: int) -> list[dict[str, Any]]:
+    """Return what the device runs, by kernel, most time first, of work that does it so many times."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         torch.cuda.synchronize()
@@ -189,8 +189,8 @@ def kernels(work: Callable[[], object]) -> list[dict[str, Any]]:
         if event.device_type.name == "CUDA":
             total[event.name].append(event.device_time)
     found = [
-        {"kernel": name[:90], "launches": len(times) / PROFILED, "us": sum(times) / PROFILED}
-        for name, times in total.items()
+        {"kernel": name[:90], "launches": len(took) / times, "us": sum(took) / times}
+        for name, took in total.items()
     ]
     return sorted(found, key=lambda one: -float(one["us"]))
 
@@ -220,17 +220,16 @@ def measure(model: Path, sizes: list[int], cache: Path | None, dtype: str) -> It
 
         def prefill() -> None:
             nonlocal step
-            for _ in range(PROFILED):
-                _, step = run_alone(instance, [7000, 1448], step)
+            _, step = prefill_all(instance, step)
 
-        yield {"prefill": kernels(prefill)}
+        yield {"prefill": kernels(prefill, 1)}
         for size in sizes:
             rows = Rows(instance, size, step)
             rows.prefill()
             rows.decode(8)
             with Replays(instance) as replays:
                 step_s = rows.decode(STEPS)
-            found = kernels(lambda rows=rows: rows.decode(PROFILED))  # type: ignore[misc]
+            found = kernels(lambda rows=rows: rows.decode(PROFILED), PROFILED)  # type: ignore[misc]
             step = rows.release()
             yield {"rows": size, "step_ms": step_s * 1e3, **replays.figures(), "kernels": found}
 

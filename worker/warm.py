@@ -12,6 +12,7 @@ from pathlib import Path
 from protocol.errors import TandemError
 
 BLOCK_TOKENS = 64
+MAX_ROWS = 256
 
 
 def main() -> int:
@@ -26,9 +27,10 @@ def main() -> int:
 
     try:
         for name, was_built in KernelCache(options.cache, options.architecture).warm():
-            _say(name, was_built)
+            _say(name, was_built=was_built)
         if options.model is not None:
             _warm_operators(options.cache, options.architecture, options.model, options.tp)
+            _warm_products(options.cache, options.architecture, options.model, options.tp)
     except TandemError as error:
         sys.stderr.write(f"{error.message}\n")
         return 1
@@ -45,10 +47,42 @@ def _warm_operators(cache: Path, architecture: str, model: Path, tp: int) -> Non
         ratio = -(-spec.heads // tp) // group.local_heads(tp)
         operators = operators_of(group.key_dim, ratio, BLOCK_TOKENS)
         for name, was_built in build(operators, operators_directory(cache, architecture)):
-            _say(name, was_built)
+            _say(name, was_built=was_built)
 
 
-def _say(name: str, was_built: bool) -> None:
+def _warm_products(cache: Path, architecture: str, model: Path, tp: int) -> None:
+    """Measure which algorithms multiply this model's shapes fastest, on the first GPU of this kind."""
+    import torch
+
+    from models.registry import load_spec
+    from worker.backends.cuda import gemm_table
+    from worker.backends.cuda.cublaslt import CublasLt
+    from worker.backends.cuda.device import architecture as kind_of
+
+    for ordinal in range(torch.cuda.device_count()):
+        if kind_of(ordinal) == architecture:
+            break
+    else:
+        return
+    torch.cuda.set_device(ordinal)
+    spec = load_spec(model, "bfloat16")
+    shapes = set()
+    for parameter in spec.parameters:
+        local = parameter.local_shape(tp)
+        if len(local) == 2 and parameter.place != "first" and parameter.layer <= 0:
+            dtype = torch.float32 if parameter.place == "last" else torch.bfloat16
+            shapes.add((local[0], local[1], dtype))
+    lt = CublasLt(torch.device("cuda", ordinal))
+    path = gemm_table.table_path(cache, torch.cuda.get_device_name(ordinal), lt.version)
+    if path.exists():
+        _say(path.name, was_built=False)
+        return
+    ordered = sorted(shapes, key=lambda shape: (shape[0], shape[1]))
+    gemm_table.write(path, list(gemm_table.measure(lt, ordered, MAX_ROWS)))
+    _say(path.name, was_built=True)
+
+
+def _say(name: str, *, was_built: bool) -> None:
     sys.stdout.write(json.dumps({"name": name, "built": was_built}) + "\n")
     sys.stdout.flush()
 

@@ -15,8 +15,11 @@ from worker.assemble import RankLimits
 from worker.backends.cuda.attention import CudaAttention
 from worker.backends.cuda.backend import CudaBackend
 from worker.backends.cuda.comm import CudaCommunicator
+from worker.backends.cuda.cublaslt import CublasLt
 from worker.backends.cuda.device import Device
+from worker.backends.cuda.gemm_table import GemmTable, table_path
 from worker.backends.cuda.graphs import LADDER, SHORT_LADDER
+from worker.backends.cuda.linear import Linear
 from worker.backends.cuda.memory import DeviceRange
 from worker.backends.cuda.runner import CudaRunner
 from worker.backends.cuda.sampler import CudaSampler
@@ -95,7 +98,10 @@ class Assembled:
             )
             for group in spec.kv_groups
         )
-        backend = CudaBackend(device.torch_device, device.kernels, _ByGroup(self._attention))
+        lt = CublasLt(device.torch_device)
+        table = GemmTable.read(table_path(device.kernel_cache, device.name, lt.version))
+        linear = Linear(device.kernels, lt, table)
+        backend = CudaBackend(device.torch_device, device.kernels, _ByGroup(self._attention), linear)
         weights = Weights(work.held, topology.tp, topology.tp_rank(boot.rank), self._arena)
         with device.torch_device:
             model = build(

@@ -22,6 +22,9 @@ class Device:
     torch_device: torch.device
     stream: torch.cuda.Stream
     """Current in the thread that opened the device: everything of a step is queued on it."""
+    name: str
+    """What the driver calls it."""
+    kernel_cache: Path
     kernels: Kernels
     operators: Path | None
     """Where FlashInfer's compiled operators for this device are; None: they were never built."""
@@ -46,7 +49,18 @@ class Device:
         kernels = Kernels(KernelCache(kernel_cache, architecture(ordinal)))
         found = operators_directory(kernel_cache, architecture(ordinal))
         operators = found if found.is_dir() else None
-        return cls(ordinal, device, stream, kernels, operators, budget_bytes, is_alone, free_before)
+        return cls(
+            ordinal=ordinal,
+            torch_device=device,
+            stream=stream,
+            name=torch.cuda.get_device_name(device),
+            kernel_cache=kernel_cache,
+            kernels=kernels,
+            operators=operators,
+            budget_bytes=budget_bytes,
+            is_alone=is_alone,
+            _free_before=free_before,
+        )
 
     def used_bytes(self) -> int:
         """Return what this process has taken of the device, everything included. Only where it is alone."""

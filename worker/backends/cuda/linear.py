@@ -3,6 +3,8 @@
 import torch
 from torch.nn import functional
 
+from worker.backends.cuda.cublaslt import CublasLt
+from worker.backends.cuda.gemm_table import GemmTable
 from worker.backends.cuda.launch import Kernel, Kernels
 from worker.backends.cuda.linear_table import CUBLAS, GEMV_ROWS, Choice, choose
 
@@ -17,8 +19,11 @@ _LINE_BYTES = 128
 class Linear:
     """``x @ weight.T``. Owns the kernels it has used; outputs are fresh tensors of torch's allocator."""
 
-    def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
+    def __init__(
+        self, kernels: Kernels, lt: CublasLt | None = None, table: GemmTable | None = None
+    ) -> None:
+        """``lt``, ``table``: algorithms measured on this machine; None: cuBLAS's own choice."""
+        self._kernels, self._lt, self._table = kernels, lt, table
         self._known: dict[str, _Gemv] = {}
         self._choices: dict[tuple[int, int, int, bool], Choice] = {}
 
@@ -29,12 +34,21 @@ class Linear:
         dtype = out_dtype or x.dtype
         choice = self._choice(x, weight, weight.shape[0], gated=False)
         if choice.kernel == CUBLAS:
-            if dtype == x.dtype:
-                return functional.linear(x, weight)
-            return torch.mm(x, weight.t(), out_dtype=dtype)
+            return self._by_cublas(x, weight, dtype)
         out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
         self.run(choice, x, weight, out)
         return out
+
+    def _by_cublas(self, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self._lt is not None and self._table is not None and x.dtype == torch.bfloat16:
+            algorithm = self._table.get(x.shape[0], weight.shape[0], x.shape[1], dtype)
+            if algorithm is not None and x.is_contiguous():
+                out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+                if self._lt.multiply(x, weight, out, algorithm):
+                    return out
+        if dtype == x.dtype:
+            return functional.linear(x, weight)
+        return torch.mm(x, weight.t(), out_dtype=dtype)
 
     def gated(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
         """Return silu(gate) · up of ``x @ weight.T`` with weight [gate | up], in one kernel.
