@@ -24,15 +24,32 @@ class DeviceOverheads(msgspec.Struct, frozen=True):
     communicator_base: int
     communicator_per_peer: int
     workspace: int
+    logit_bytes: int
+    """For each row of logits and entry of a rank's part of the vocabulary."""
+    whole_logit_bytes: int
+    """The same for each entry of the whole vocabulary, where a row is gathered."""
 
 
 CPU_OVERHEADS = DeviceOverheads(
-    runtime=236 * MIB, communicator_base=2 * MIB, communicator_per_peer=1 * MIB, workspace=32 * MIB
+    runtime=236 * MIB,
+    communicator_base=2 * MIB,
+    communicator_per_peer=1 * MIB,
+    workspace=32 * MIB,
+    # Raw logits, their tempered copy and the noise beside them, float32; gathered whole where a filter
+    # needs the whole distribution.
+    logit_bytes=12,
+    whole_logit_bytes=8,
 )
 
 
 CUDA_OVERHEADS = DeviceOverheads(
-    runtime=760 * MIB, communicator_base=0, communicator_per_peer=32 * MIB, workspace=320 * MIB
+    runtime=800 * MIB,
+    communicator_base=0,
+    communicator_per_peer=32 * MIB,
+    workspace=96 * MIB,
+    # Logits in float32, and what each token's count takes in 16 bits; gathered whole over ranks.
+    logit_bytes=6,
+    whole_logit_bytes=4,
 )
 
 
@@ -183,9 +200,8 @@ def _fixed_lines(
 ) -> tuple[MemoryLine, ...]:
     size, tp = DTYPE_BYTES[model.dtype], topology.tp
     per_token = (model.activation_whole + math.ceil(model.activation_cut / tp)) * size
-    # Raw logits, their tempered copy and the noise beside them, float32; gathered whole where a
-    # filter needs the whole distribution.
-    logits = limits.logit_rows * 4 * (3 * math.ceil(model.vocab_size / tp) + 2 * model.vocab_size)
+    cut, whole = math.ceil(model.vocab_size / tp), model.vocab_size
+    logits = limits.logit_rows * (overheads.logit_bytes * cut + overheads.whole_logit_bytes * whole)
     return (
         MemoryLine("runtime", overheads.runtime, "interpreter, libraries, device context"),
         MemoryLine("activations", limits.step_tokens * per_token, f"a step of {limits.step_tokens} tokens"),

@@ -15,7 +15,7 @@ from worker.assemble import RankLimits
 from worker.backends.cuda.attention import CudaAttention
 from worker.backends.cuda.backend import CudaBackend
 from worker.backends.cuda.comm import CudaCommunicator
-from worker.backends.cuda.cublaslt import CublasLt
+from worker.backends.cuda.cublaslt import WORKSPACE_BYTES, CublasLt
 from worker.backends.cuda.device import Device
 from worker.backends.cuda.gemm_table import GemmTable, table_path
 from worker.backends.cuda.graphs import LADDER, SHORT_LADDER
@@ -177,9 +177,11 @@ class Assembled:
             "weights": self._arena.mapped_bytes,
             "kv cache": self._kv.mapped_bytes,
             "communicator": self._comm.buffer_bytes,
-            "workspace": sum(attention.workspace_bytes for attention in self._attention),
+            "workspace": sum(one.workspace_bytes for one in self._attention) + WORKSPACE_BYTES,
+            "logits": self.runner.logit_bytes,
         }
-        found["activations"] = torch.cuda.memory_reserved() - found["workspace"]
+        # What the allocator holds for graphs and the largest step, beside the lines that are in it too.
+        found["activations"] = torch.cuda.memory_reserved() - found["workspace"] - found["logits"]
         if self._device.is_alone:
             found["runtime"] = self._device.used_bytes() - sum(found.values())
         return found

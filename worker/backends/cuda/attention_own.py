@@ -19,16 +19,9 @@ _RING_DIM = 128
 _RING_TILE_TOKENS = 16
 _RING_TILE_BYTES = 2 * _RING_TILE_TOKENS * _RING_DIM * 2
 _RINGS: dict[DecodePath, tuple[int, int, int, int]] = {
-    "ring_1x3": (1, 3, 9, 1),
-    "ring_2x2": (2, 2, 6, 1),
     "ring_2x3": (2, 3, 4, 1),
-    "ring_3x2": (3, 2, 4, 1),
     "ring_4x2": (4, 2, 3, 1),
-    "ring_4x3": (4, 3, 2, 1),
     "ring_8x2": (8, 2, 1, 1),
-    "ring_16x1": (16, 1, 1, 1),
-    "ring_4x2_by_4": (4, 2, 3, 4),
-    "ring_4x2_by_8": (4, 2, 3, 8),
     "ring_8x2_by_2": (8, 2, 1, 2),
 }
 """Warps of a block, tiles of a warp, blocks that a multiprocessor has memory for, blocks of a cluster."""

@@ -7,19 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-RingPath = Literal[
-    "ring_1x3",
-    "ring_2x2",
-    "ring_2x3",
-    "ring_3x2",
-    "ring_4x2",
-    "ring_4x3",
-    "ring_8x2",
-    "ring_16x1",
-    "ring_4x2_by_4",
-    "ring_4x2_by_8",
-    "ring_8x2_by_2",
-]
+RingPath = Literal["ring_2x3", "ring_4x2", "ring_8x2", "ring_8x2_by_2"]
 """Our kernel for bf16 dims of 128: warps of a block x tiles of 16 tokens that each has in shared memory.
 
 ``by``: so many blocks, a cluster, share a row whatever its length and ``split_tokens``.
@@ -48,8 +36,12 @@ class DecodeRule:
 
 
 DECODE_PATHS = (
-    DecodeRule("tensor", max_rows=2, split_tokens=64, below_context=1400),
-    DecodeRule("tensor", min_rows=33, split_tokens=256, below_context=384),
+    # Two blocks a row leave a GPU idle where rows are few and long.
+    DecodeRule("ring_8x2_by_2", max_rows=6, below_context=1024),
+    DecodeRule("ring_8x2", max_rows=6),
+    DecodeRule("ring_8x2_by_2", min_rows=7, max_rows=16),
+    DecodeRule("ring_2x3", min_rows=17, max_rows=127, split_tokens=256),
+    DecodeRule("ring_4x2", min_rows=128, split_tokens=256),
     DecodeRule("xqa"),
     DecodeRule("tensor", max_rows=16),
     DecodeRule("tensor", min_rows=17, split_tokens=512),

@@ -5,7 +5,6 @@ device from where they were read to. Graphs are captured against KV's reserved r
 what the budget has left.
 """
 
-import time
 from pathlib import Path
 
 from models.parameter import DTYPE_BYTES
@@ -17,8 +16,6 @@ def boot_on_cuda(work: BootWork) -> Booted:
     """Import torch, make the device ready, and warm up once the weights are there."""
     boot, spans = work.boot, work.spans
     with spans.span("import torch"):
-        import torch
-
         from worker.backends.cuda.assemble import Assembled
         from worker.backends.cuda.comm import CudaCommunicator
         from worker.backends.cuda.device import Device
@@ -46,10 +43,7 @@ def boot_on_cuda(work: BootWork) -> Booted:
         # They read parts of this rank's weights.
         comm.barrier()
     with spans.span("copy to device"):
-        began_s = time.monotonic()
         assembled.place(work.memory)
-        torch.cuda.synchronize()
-        spans.add("copied", began_s, time.monotonic(), work.held.size)
     with spans.span("warm-up"):
         times = assembled.warm_up()
     with spans.span("map KV"):

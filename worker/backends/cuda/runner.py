@@ -94,6 +94,14 @@ class CudaRunner:
         self.limits = replace(self.limits, num_blocks=num_blocks)
         self.reset()
 
+    @property
+    def logit_bytes(self) -> int:
+        """Device memory of the largest step's logits, and of what is known of each row's sampling."""
+        if self._sampler is None:
+            return 0
+        logits = self.limits.max_rows * 4 * self._sampler.width
+        return logits + self._sampler.state.device_bytes
+
     def close(self) -> None:
         """See ``StepRunner.close``."""
         self._completions.close()

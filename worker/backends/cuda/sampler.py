@@ -85,6 +85,11 @@ class CudaSampler:
         self._score = kernels.get("sampler", "score", "PqPPiPiiP")
         self._merge_scores = kernels.get("sampler", "merge_scores", "PiiPPiP")
 
+    @property
+    def width(self) -> int:
+        """Entries of this rank's part of the vocabulary."""
+        return self._part.width
+
     def new_row(self, slot: int, new: NewRow) -> None:
         """Stage a row that begins, or begins again with its answer so far. Errors: ``ValueError``."""
         self.state.new_row(slot, new)

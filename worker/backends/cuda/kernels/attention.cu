@@ -825,16 +825,9 @@ TENSOR(256, 2)
                                         out, partial, done, Shape{heads, kv_heads, key_dim, value_dim},        \
                                         split_tokens, scale);                                                  \
   }
-RING(1x3, 1, 3, 9, 1, )
-RING(2x2, 2, 2, 6, 1, )
 RING(2x3, 2, 3, 4, 1, )
-RING(3x2, 3, 2, 4, 1, )
 RING(4x2, 4, 2, 3, 1, )
-RING(4x3, 4, 3, 2, 1, )
 RING(8x2, 8, 2, 1, 1, )
-RING(16x1, 16, 1, 1, 1, )
-RING(4x2_by_4, 4, 2, 3, 4, __cluster_dims__(4, 1, 1))
-RING(4x2_by_8, 4, 2, 3, 8, __cluster_dims__(8, 1, 1))
 RING(8x2_by_2, 8, 2, 1, 2, __cluster_dims__(2, 1, 1))
 
 #define VECTOR(NAME, T)                                                                                        \
