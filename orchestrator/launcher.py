@@ -48,8 +48,8 @@ def rank_environment(environment: Mapping[str, str], threads: int) -> dict[str, 
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             # A quarter of what NCCL's buffers take by themselves.
             "NCCL_BUFFSIZE": "1048576",
-            # A step's tensors then fit in the memory of the largest step, whatever their sizes: in pieces of
-            # fixed sizes they do not always, and a device that KV has filled has no more to give.
+            # A step's tensors then fit in the memory of the largest step, whatever their sizes: in pieces
+            # of fixed sizes they do not always, and a device that KV has filled has no more to give.
             "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         }
     )
