@@ -23,10 +23,7 @@ def main() -> int:
         link = Link(arguments.connect, arguments.rank, Parent(arguments.parent))
     except ParentDiedError:
         return 1
-    try:
-        return run(link, arguments.rank, arguments.epoch, os.getpid())
-    finally:
-        link.close()
+    return run(link, arguments.rank, arguments.epoch, os.getpid())
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class Link:
 
 
 def run(link: Link, rank: int, epoch: int, pid: int) -> int:
-    """Live as one rank until Stop; return the exit code."""
+    """Live as one rank until Stop; return the exit code. Closes the link."""
     kind = FaultKind.LOAD
     try:
         link.send(Hello(epoch, rank, pid))
@@ -119,6 +119,10 @@ def run(link: Link, rank: int, epoch: int, pid: int) -> int:
         return 1  # Nobody can be told.
     except Exception as error:
         return _fault(link, rank, epoch, kind, error)
+    finally:
+        # Before the communicator goes with this frame: peers that see it gone fault too, and the cause of
+        # it all must be out by then.
+        link.close()
     return 0
 
 
