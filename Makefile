@@ -7,7 +7,7 @@ EXTRAS ?= test
 CHECKPOINT ?= /dev/shm/tandem-llama-3-8b
 # 16 GB of random weights, made once; remove the directory to have the memory back.
 FIGURES ?= build/figures
-GPU_BENCHMARKS := $(filter-out gpu_serve,$(basename $(notdir $(wildcard benchmarks/gpu_*.py))))
+GPU_BENCHMARKS := $(filter-out gpu_serve gpu_step,$(basename $(notdir $(wildcard benchmarks/gpu_*.py))))
 
 .PHONY: run setup check test test-unit test-rest test-long gpu-test gpu-bench clean
 
@@ -40,11 +40,14 @@ gpu-test: setup
 # One after another, so that none disturbs another; all are run, and a demand that is missed fails at the end.
 gpu-bench: setup $(CHECKPOINT)/model.safetensors.index.json
 	mkdir -p $(FIGURES)
+	$(BIN)/tandem warm --model $(CHECKPOINT)
 	failed=; for name in $(GPU_BENCHMARKS); do \
 		echo "== $$name"; $(BIN)/python -m benchmarks.$$name --json $(FIGURES)/$$name.json || failed="$$failed $$name"; \
 	done; \
-	echo "== gpu_serve"; \
-	$(BIN)/python -m benchmarks.gpu_serve --model $(CHECKPOINT) --json $(FIGURES)/gpu_serve.json || failed="$$failed gpu_serve"; \
+	for name in gpu_step gpu_serve random_load; do \
+		echo "== $$name"; \
+		$(BIN)/python -m benchmarks.$$name --model $(CHECKPOINT) --json $(FIGURES)/$$name.json || failed="$$failed $$name"; \
+	done; \
 	if [ -n "$$failed" ]; then echo "missed or failed:$$failed"; exit 1; fi
 
 $(CHECKPOINT)/model.safetensors.index.json: | setup

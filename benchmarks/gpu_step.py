@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import torch
 
-from benchmarks.gpu_rank import CudaInstance, cuda_instance
+from benchmarks.rank_on_gpu import CudaInstance, cuda_instance
 from protocol.control import Advance, NewRow, StepPlan
 from protocol.sampling import SamplingParams
 from worker.backends.cuda.graphs import StepKind

@@ -4,7 +4,7 @@ A server is started as a user would; for ``--seconds`` so many streams at once a
 of any length that the context holds, sampled in every way, some with a shared beginning, some cancelled.
 Every stream must end as asked. The device's free memory is looked at once a second.
 
-    python -m benchmarks.random_load --model DIR --devices cuda:0 --seconds 300 --streams 256 [--json FILE]
+    python -m benchmarks.random_load --model DIR [--devices cuda:0] [--seconds 300] [--streams 256]
 """
 
 import argparse
@@ -140,7 +140,7 @@ def main() -> None:
     """Print what was seen; exit 1 where a request failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--devices", default="cpu")
+    parser.add_argument("--devices", default="cuda:0")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--json", type=Path)

@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("cuda.bindings")
 
-from benchmarks.gpu_rank import cuda_instance  # noqa: E402
 from benchmarks.make_checkpoint import write_checkpoint  # noqa: E402
+from benchmarks.rank_on_gpu import cuda_instance  # noqa: E402
 from protocol.sampling import SamplingParams  # noqa: E402
 from protocol.topology import Topology  # noqa: E402
 from tests.golden.harness import Driver, Job, run_ranks_as_threads  # noqa: E402
