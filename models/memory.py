@@ -199,12 +199,14 @@ def _fixed_lines(
     model: ModelSpec, topology: Topology, limits: StepLimits, overheads: DeviceOverheads
 ) -> tuple[MemoryLine, ...]:
     size, tp = DTYPE_BYTES[model.dtype], topology.tp
-    per_token = (model.activation_whole + math.ceil(model.activation_cut / tp)) * size
+    activations = limits.step_tokens * (model.activation_whole + math.ceil(model.activation_cut / tp))
+    if model.chunks is not None:
+        activations += model.chunks.elements(limits.step_tokens, tp)
     cut, whole = math.ceil(model.vocab_size / tp), model.vocab_size
     logits = limits.logit_rows * (overheads.logit_bytes * cut + overheads.whole_logit_bytes * whole)
     return (
         MemoryLine("runtime", overheads.runtime, "interpreter, libraries, device context"),
-        MemoryLine("activations", limits.step_tokens * per_token, f"a step of {limits.step_tokens} tokens"),
+        MemoryLine("activations", activations * size, f"a step of {limits.step_tokens} tokens"),
         MemoryLine("logits", logits, f"{limits.logit_rows} rows at a time"),
         MemoryLine("workspace", overheads.workspace, "attention's gathered context and score tiles"),
         MemoryLine(

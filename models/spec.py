@@ -1,5 +1,6 @@
 """``ModelSpec``: everything that is known of a model before torch is imported."""
 
+import math
 from typing import Literal
 
 import msgspec
@@ -31,6 +32,21 @@ class KVGroup(msgspec.Struct, frozen=True):
         return here * self.local_heads(tp) * dims * DTYPE_BYTES[self.dtype]
 
 
+class TokenChunks(msgspec.Struct, frozen=True):
+    """A part of a layer that takes a step's tokens in chunks, and what it holds meanwhile."""
+
+    tokens: int
+    """At most this many at a time."""
+    whole: int
+    """Elements per token of a chunk that every rank holds whole."""
+    cut: int
+    """The same for those that are divided by tp."""
+
+    def elements(self, step_tokens: int, tp: int) -> int:
+        """Return the most elements that one rank holds in a step."""
+        return min(step_tokens, self.tokens) * (self.whole + math.ceil(self.cut / tp))
+
+
 class ModelSpec(msgspec.Struct, frozen=True):
     """One model, as its ``models/`` file states it from config.json."""
 
@@ -55,7 +71,9 @@ class ModelSpec(msgspec.Struct, frozen=True):
     """The same for those that are divided by tp."""
     heads: int
     flops_per_token: int
-    """2 × the multiply-adds of all matrix products but attention's."""
+    """2 × the multiply-adds of all matrix products but attention's, for one token."""
+    chunks: TokenChunks | None = None
+    """What is alive beside ``activation_whole`` and ``activation_cut``, however many tokens a step has."""
 
     def layer_parameters(self, layer: int) -> tuple[ParameterSpec, ...]:
         """Return the parameters of one decoder layer."""

@@ -1,12 +1,56 @@
 """The kernels that layers are written in. A model file never asks which backend it runs on."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from kv.tensors import LayerCache
+from models.moe import Routing
 from worker.comm import Communicator
 from worker.context import AttentionPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Which experts tokens go to, and how much each counts."""
+
+    experts: torch.Tensor
+    """int64 [tokens, top_k]: ids among all experts of the layer, different ones for a token."""
+    weights: torch.Tensor
+    """float32 [tokens, top_k]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """What a rank holds of one layer's routed experts."""
+
+    router: torch.Tensor
+    """[experts, hidden]."""
+    bias: torch.Tensor | None
+    """[experts], float32: corrects the scores for the choice; None: nothing does."""
+    gate_up: torch.Tensor
+    """[experts, 2 * width, hidden], each expert's gate first and then up; width: this rank's part of an
+    expert's inner features."""
+    down: torch.Tensor
+    """[experts, hidden, width]."""
+
+
+class Experts(Protocol):
+    """The routed experts of one layer on one rank, ready to run; made once, by ``Backend.experts``."""
+
+    def route(self, x: torch.Tensor) -> Routed:
+        """Return what each token of x [tokens, hidden] chooses, as its ``Routing`` says.
+
+        Computed in float32, so that all ranks of a group, which hold the same x, choose alike.
+        """
+
+    def run(self, x: torch.Tensor, routed: Routed) -> torch.Tensor:
+        """Return Σ weight · down(silu(gate(x)) · up(x)) over each token's choices, [tokens, hidden].
+
+        A partial sum over the group where inner features are cut. Where the routing weighs inputs,
+        down(silu(gate(weight · x)) · up(weight · x)). Holds what ``models.moe.expert_chunks`` charges.
+        """
 
 
 class Backend(Protocol):
@@ -40,6 +84,12 @@ class Backend(Protocol):
 
     def swiglu_linear(self, x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
         """Return silu(gate) · up of ``x @ gate_up.T``, whose features are gate first and then up."""
+
+    def experts(self, weights: ExpertWeights, routing: Routing) -> Experts:
+        """Return the layer's experts, ready to run. ``weights`` may not be read before the first step.
+
+        Errors: ``UnsupportedModelError`` where this backend cannot run them; a step never fails so.
+        """
 
     def embed(self, token_ids: torch.Tensor, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:
         """Return rows ``token_ids - first`` of weight, zeros for ids outside [first, first + count)."""

@@ -12,7 +12,10 @@ import torch
 from torch.nn import functional
 
 from kv.tensors import LayerCache
+from models.moe import Routing
+from worker.backends.base import ExpertWeights
 from worker.backends.cpu_attention import PagedAttentionPlan, attend, plan_attention
+from worker.backends.cpu_moe import CpuExperts
 from worker.comm import Communicator
 from worker.context import AttentionPlan, RowSpan
 
@@ -70,6 +73,10 @@ class CpuBackend:
         """See ``Backend.swiglu_linear``."""
         gate, up = self.linear(x, gate_up).chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
+
+    def experts(self, weights: ExpertWeights, routing: Routing) -> CpuExperts:
+        """See ``Backend.experts``."""
+        return CpuExperts(weights, routing, self.linear, self.swiglu_linear)
 
     def embed(self, token_ids: torch.Tensor, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:
         """See ``Backend.embed``."""

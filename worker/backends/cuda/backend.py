@@ -6,6 +6,9 @@ from typing import Any, Protocol
 import torch
 
 from kv.tensors import LayerCache
+from models.moe import Routing
+from protocol.errors import UnsupportedModelError
+from worker.backends.base import Experts, ExpertWeights
 from worker.backends.cuda.comm import CudaCommunicator
 from worker.backends.cuda.elementwise import Elementwise
 from worker.backends.cuda.launch import Kernels
@@ -86,6 +89,13 @@ class CudaBackend:
                 return comm.all_reduce_norm(update, residual, weight, eps)
             comm.all_reduce(update)
         return self._elementwise.add_norm(residual, update, weight, eps)
+
+    def experts(self, weights: ExpertWeights, routing: Routing) -> Experts:
+        """See ``Backend.experts``."""
+        raise UnsupportedModelError(
+            f"{routing.experts} experts, gate|up {list(weights.gate_up.shape)}, were asked for on a GPU, "
+            "whose kernels serve dense models alone: serve this one with --device cpu"
+        )
 
     def embed(self, token_ids: torch.Tensor, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:
         """See ``Backend.embed``."""

@@ -1,0 +1,45 @@
+"""A mixture of experts in place of a feed-forward block: every token goes through the few it chooses."""
+
+import torch
+
+from models.moe import CHUNK_TOKENS, Routing
+from worker.backends.base import ExpertWeights
+from worker.layers.mlp import SwiGLU
+from worker.layers.parts import Parts
+
+
+class MoE:
+    """Σ weight · expert(x) over a token's choices; what it returns is a partial sum over the group.
+
+    Experts are cut over the group as a dense block is: each rank holds a slice of every expert's inner
+    features. The router is whole on every rank. Parameters under ``prefix``: ``router``
+    [experts, hidden], ``router_bias`` [experts] if the routing has one, ``experts_gate_up``
+    [experts, 2 * width, hidden] and ``experts_down`` [experts, hidden, width].
+
+    An expert that all tokens share is a dense block beside the others: state its parameters as any
+    block's (``shared_gate_up``, ``shared_down``, cut over the group) and give
+    ``SwiGLU(parts, f"{prefix}shared_")`` as ``shared``. Its partial sum is added here, so that the layer
+    still has one all-reduce. It is given all tokens at once: charge 3 of its inner features per token in
+    ``ModelSpec.activation_cut``, and what the routed ones hold by ``models.moe.expert_chunks``.
+    """
+
+    def __init__(self, parts: Parts, prefix: str, routing: Routing, shared: SwiGLU | None = None) -> None:
+        """Errors: ``UnsupportedModelError`` where the backend cannot run such experts."""
+        weights = parts.weights
+        self._shared = shared
+        self._experts = parts.backend.experts(
+            ExpertWeights(
+                router=weights[f"{prefix}router"],
+                bias=weights[f"{prefix}router_bias"] if routing.has_bias else None,
+                gate_up=weights[f"{prefix}experts_gate_up"],
+                down=weights[f"{prefix}experts_down"],
+            ),
+            routing,
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part [tokens, hidden]; a chunk of tokens at a time goes to the experts."""
+        pieces = torch.split(x, CHUNK_TOKENS)
+        chunks = [self._experts.run(piece, self._experts.route(piece)) for piece in pieces]
+        routed = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+        return routed if self._shared is None else routed.add_(self._shared(x))
