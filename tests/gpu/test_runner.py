@@ -2,6 +2,8 @@
 
 import random
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +124,25 @@ def test_no_step_waits_for_the_device(models: dict[str, Path]) -> None:
             Driver(instance, depth=2).run(jobs(49152, 6, 5))  # type: ignore[arg-type]
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def waits(work: Callable[[], object]) -> Counter[str]:
+    """The driver's and the runtime's calls that wait for the device, by name, while ``work`` is done."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        work()
+    return Counter(event.name for event in profile.events() if "ynchronize" in event.name)
+
+
+def test_the_driver_sees_no_wait_but_one_for_each_step(models: dict[str, Path]) -> None:
+    with cuda_instance(models["llama-3-8b"], dtype="bfloat16", block_tokens=64) as instance:
+        Driver(instance, depth=2).run(jobs(49152, 6, 4))  # type: ignore[arg-type]
+        nothing = waits(lambda: None)
+        before = instance.num_steps
+        found = waits(lambda: Driver(instance, depth=2).run(jobs(49152, 6, 5)))  # type: ignore[arg-type]
+        steps = instance.num_steps - before
+    found.subtract(nothing)
+    # The thread that answers waits for an event a step; nobody waits for a stream or for the device.
+    of_events = sum(count for name, count in found.items() if "Event" in name)
+    assert sum(found.values()) - of_events <= 0, found
+    assert of_events <= steps, (found, steps)
