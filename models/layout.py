@@ -5,6 +5,7 @@ known exactly before anything is allocated.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import msgspec
 
@@ -113,6 +114,7 @@ def cut_stages(model: ModelSpec, topology: Topology, budget_bytes: int) -> tuple
         return (range(count),)
     weights = _StageBytes(model, topology.tp)
 
+    @cache
     def tokens(layers: range) -> float:
         per_token = sum(g.bytes_per_token(topology.tp, layers) for g in model.kv_groups)
         # A stage over budget still has to compare: less over is better.

@@ -115,6 +115,26 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         return min(self.ranks, key=lambda r: r.kv_bytes // r.block_bytes)
 
 
+def divide_memory(
+    model: ModelSpec,
+    topology: Topology,
+    budgets: list[int],
+    limits: StepLimits,
+    overheads: DeviceOverheads,
+) -> tuple[RankPlan, ...]:
+    """Divide each rank's budget (bytes, one per rank) into lines; KV gets what is left, which may be nothing.
+
+    Errors: ``LayoutError`` for impossible degrees.
+    """
+    fixed = _fixed_lines(model, topology, limits, overheads)
+    spent = sum(line.predicted_bytes for line in fixed)
+    stages = cut_stages(model, topology, min(budgets) - spent)
+    return tuple(
+        _rank_plan(model, topology, stages, rank, budgets[rank], fixed, limits)
+        for rank in range(topology.world_size)
+    )
+
+
 def plan_memory(
     model: ModelSpec,
     topology: Topology,
@@ -128,13 +148,8 @@ def plan_memory(
     ``context`` None asks for the model's most and takes what fits; a number is a demand.
     Errors: ``MemoryBudgetError`` saying what would fit; ``LayoutError`` for impossible degrees.
     """
-    fixed = _fixed_lines(model, topology, limits, overheads)
-    spent = sum(line.predicted_bytes for line in fixed)
-    stages = cut_stages(model, topology, min(budgets) - spent)
-    ranks = tuple(
-        _rank_plan(model, topology, stages, rank, budgets[rank], fixed, limits)
-        for rank in range(topology.world_size)
-    )
+    ranks = divide_memory(model, topology, budgets, limits, overheads)
+    stages = tuple(ranks[group].layers for group in range(0, topology.world_size, topology.tp))
     num_blocks = min(r.kv_bytes // r.block_bytes for r in ranks)
     kv_tokens = num_blocks * limits.block_tokens
     wanted = context if context is not None else model.max_context
