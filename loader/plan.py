@@ -163,7 +163,7 @@ def _wants(held: Arena, topology: Topology) -> Iterator[tuple[str, _Want]]:
         if placed.is_alias:
             continue
         spec = placed.spec
-        local = spec.local_shape(topology.tp)
+        local = spec.flat_shape(topology.tp)
         for piece in spec.pieces(topology.tp, topology.tp_rank(held.rank)):
             if piece.end > piece.start:
                 for want in _matrix_slices(piece, held.rank, placed.offset, local, spec.dtype):
@@ -179,6 +179,7 @@ def _matrix_slices(
     for each index of the dimensions before it. One dimension is a matrix of one column.
     """
     shape, size = piece.source_shape, DTYPE_BYTES[dtype]
+    offset += piece.row * math.prod(local[1:]) * size
     columns = shape[-1] if len(shape) > 1 else 1
     if piece.dim > 0 and piece.dim == len(shape) - 1:
         rows, stride = range(math.prod(shape[:-1])), local[-1] * size

@@ -81,7 +81,9 @@ class Piece(msgspec.Struct, frozen=True):
     start: int
     end: int
     destination: int
-    """First index along ``dim`` in the local parameter."""
+    """First index along ``dim`` in the local parameter, whose segments lie in dim 0."""
+    row: int = 0
+    """Where ``dim`` is not 0: first index of the piece along dim 0."""
 
 
 class ParameterSpec(msgspec.Struct, frozen=True):
@@ -98,21 +100,30 @@ class ParameterSpec(msgspec.Struct, frozen=True):
     """None: whole on every rank of the group."""
     alias_of: str | None = None
     """Shares the bytes of this parameter where both are on one rank (tied embeddings)."""
+    stack: int = 0
+    """Above 0: the segments are those of this many equal parts, one after another (a layer's experts,
+    each its gate and its up), and the parameter has a dimension for the parts before the others."""
 
     def local_shape(self, tp: int) -> tuple[int, ...]:
         """Return the shape that each rank of a group of ``tp`` holds (the same on all)."""
-        first = list(self.segments[0].shape)
-        if self.cut is None:
-            first[0] = sum(s.shape[0] for s in self.segments)
-            return tuple(first)
-        dim = self.cut.dim
-        rooms = [share(s.units, tp, 0, self.cut).room * self._unit_size(s) for s in self.segments]
-        if dim == 0:
-            first[0] = sum(rooms)
-        else:
-            first[0] = sum(s.shape[0] for s in self.segments)
-            first[dim] = rooms[0]
-        return tuple(first)
+        rows, *others = self.flat_shape(tp)
+        return (self.stack, rows // self.stack, *others) if self.stack else (rows, *others)
+
+    def flat_shape(self, tp: int) -> tuple[int, ...]:
+        """Return ``local_shape`` without the dimension of a stack: what the segments lie in, in dim 0."""
+        parts = self.stack or 1
+        assert len(self.segments) % parts == 0, (self.name, parts)
+        of_one = self.segments[: len(self.segments) // parts]
+        shape = list(of_one[0].shape)
+        rows = [s.shape[0] for s in of_one]
+        if self.cut is not None:
+            rooms = [share(s.units, tp, 0, self.cut).room * self._unit_size(s) for s in of_one]
+            if self.cut.dim == 0:
+                rows = rooms
+            else:
+                shape[self.cut.dim] = rooms[0]
+        shape[0] = sum(rows) * parts
+        return tuple(shape)
 
     def local_bytes(self, tp: int) -> int:
         """Return the bytes of ``local_shape``."""
@@ -121,31 +132,26 @@ class ParameterSpec(msgspec.Struct, frozen=True):
     def pieces(self, tp: int, tp_rank: int) -> tuple[Piece, ...]:
         """Return what one rank of the group holds, segment by segment."""
         found = []
-        offset = 0
+        row = 0
         for segment in self.segments:
+            source, shape = segment.source, segment.shape
             if self.cut is None:
-                rows = segment.shape[0]
-                found.append(Piece(segment.source, segment.shape, 0, 0, rows, offset))
-                offset += rows
+                found.append(Piece(source, shape, 0, 0, shape[0], row))
+                row += shape[0]
                 continue
             held = share(segment.units, tp, tp_rank, self.cut)
             size = self._unit_size(segment)
-            found.append(
-                Piece(
-                    segment.source,
-                    segment.shape,
-                    self.cut.dim,
-                    held.start * size,
-                    held.end * size,
-                    offset,
-                )
-            )
-            offset += held.room * size
+            start, end = held.start * size, held.end * size
+            if self.cut.dim == 0:
+                found.append(Piece(source, shape, 0, start, end, row))
+                row += held.room * size
+            else:
+                found.append(Piece(source, shape, self.cut.dim, start, end, 0, row))
+                row += shape[0]
         return tuple(found)
 
     def _unit_size(self, segment: Segment) -> int:
         assert self.cut is not None
         extent = segment.shape[self.cut.dim]
         assert extent % segment.units == 0, (self.name, segment)
-        assert len(self.segments) == 1 or self.cut.dim == 0, "fused segments are cut in dim 0"
         return extent // segment.units

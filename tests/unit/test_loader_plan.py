@@ -92,11 +92,14 @@ def naive(
     for placed in held.placed:
         if placed.is_alias:
             continue
-        local = torch.zeros(placed.spec.local_shape(topology.tp), dtype=TORCH[placed.spec.dtype])
+        flat_shape = placed.spec.flat_shape(topology.tp)
+        assert math.prod(flat_shape) == math.prod(placed.spec.local_shape(topology.tp))
+        local = torch.zeros(flat_shape, dtype=TORCH[placed.spec.dtype])
         for piece in placed.spec.pieces(topology.tp, topology.tp_rank(rank)):
             extent = piece.end - piece.start
             part = tensors[piece.source].narrow(piece.dim, piece.start, extent)
-            local.narrow(piece.dim, piece.destination, extent).copy_(part.to(TORCH[placed.spec.dtype]))
+            rows = local if piece.dim == 0 else local.narrow(0, piece.row, piece.source_shape[0])
+            rows.narrow(piece.dim, piece.destination, extent).copy_(part.to(TORCH[placed.spec.dtype]))
         flat = local.reshape(-1).view(torch.uint8)
         result[placed.offset : placed.offset + len(flat)] = flat
     return result.numpy().tobytes()
@@ -386,3 +389,66 @@ def test_tensors_of_any_rank(shape: tuple[int, ...], dim: int, tp: int, tmp_path
     check_reads(plan, model, tmp_path)
     for rank, held in enumerate(run_all(plan)):
         assert held[: plan.arena_bytes[rank]] == naive(tmp_path, model, topology, (range(1),), rank)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 4])
+def test_experts_lie_one_after_another(tmp_path: Path, tp: int) -> None:
+    """A tensor an expert and projection, stacked; 3 and 4 ranks do not divide 10 inner features."""
+    experts, inner, hidden = 3, 10, 4
+
+    def name(expert: int, projection: str) -> str:
+        return f"experts.{expert}.{projection}_proj.weight"
+
+    gate_up, down = (
+        ParameterSpec(
+            "gate_up",
+            tuple(
+                Segment(name(e, which), (inner, hidden), inner)
+                for e in range(experts)
+                for which in ("gate", "up")
+            ),
+            "float32",
+            layer=0,
+            cut=Cut(dim=0, unit="row", pad=True),
+            stack=experts,
+        ),
+        ParameterSpec(
+            "down",
+            tuple(Segment(name(e, "down"), (hidden, inner), inner) for e in range(experts)),
+            "bfloat16",
+            layer=0,
+            cut=Cut(dim=1, unit="column", pad=True),
+            stack=experts,
+        ),
+    )
+    model = msgspec.structs.replace(
+        spec(make_config(4, 4, 2, 3, 1, 5, True), "float32"), parameters=(gate_up, down)
+    )
+    write_checkpoint(tmp_path, model, ["float32", "bfloat16"], 2, 0)
+    topology = Topology(tp=tp)
+    plan = plan_load(model, read_index(tmp_path), topology, (range(1),))
+    check_reads(plan, model, tmp_path)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in tmp_path.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    for rank, held in enumerate(run_all(plan)):
+        placed = {p.spec.name: p for p in arena(model, topology, (range(1),), rank).placed}
+        width = -(-inner // tp)
+        assert gate_up.local_shape(tp) == (experts, 2 * width, hidden)
+        assert down.local_shape(tp) == (experts, hidden, width)
+        features = slice(rank * width, (rank + 1) * width)
+        own = min((rank + 1) * width, inner) - min(rank * width, inner)
+        found_up = torch.frombuffer(
+            held, dtype=torch.float32, count=experts * 2 * width * hidden, offset=placed["gate_up"].offset
+        ).view(experts, 2, width, hidden)
+        found_down = torch.frombuffer(
+            held, dtype=torch.bfloat16, count=experts * hidden * width, offset=placed["down"].offset
+        ).view(experts, hidden, width)
+        for e in range(experts):
+            for which, projection in enumerate(("gate", "up")):
+                assert torch.equal(found_up[e, which, :own], tensors[name(e, projection)][features].float())
+                assert not found_up[e, which, own:].any()
+            expected = tensors[name(e, "down")][:, features].bfloat16()
+            assert torch.equal(found_down[e, :, :own], expected)
+            assert not found_down[e, :, own:].any()
