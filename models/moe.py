@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from models.parameter import Cut, ParameterSpec, Segment
 from models.spec import TokenChunks
 from protocol.errors import ModelFormatError
 
@@ -73,3 +74,36 @@ def expert_chunks(routing: Routing, hidden: int, intermediate: int) -> TokenChun
     and their product, which the group divides. ``intermediate`` is one expert's, whole.
     """
     return TokenChunks(CHUNK_TOKENS, routing.top_k * 2 * hidden, routing.top_k * 3 * intermediate)
+
+
+def expert_parameters(
+    layer: int, source: str, routing: Routing, hidden: int, intermediate: int, dtype: str
+) -> tuple[ParameterSpec, ...]:
+    """Return what ``worker.layers.moe.MoE`` needs of a layer, its experts cut by their inner features.
+
+    ``source`` is the block's prefix in the checkpoint (``model.layers.3.mlp.``), which has a tensor for
+    each projection of each expert, ``intermediate`` the inner features of one. The router stays whole.
+    """
+
+    def one(name: str, tensor: str, shape: tuple[int, ...], kind: str) -> ParameterSpec:
+        segment = Segment(f"{source}gate.{tensor}", shape)
+        return ParameterSpec(f"layers.{layer}.{name}", (segment,), kind, layer=layer)
+
+    def stacked(name: str, projections: tuple[str, ...], shape: tuple[int, int], dim: int) -> ParameterSpec:
+        segments = tuple(
+            Segment(f"{source}experts.{expert}.{projection}_proj.weight", shape, intermediate)
+            for expert in range(routing.experts)
+            for projection in projections
+        )
+        cut = Cut(dim=dim, unit="inner feature of an expert", pad=True)
+        return ParameterSpec(
+            f"layers.{layer}.{name}", segments, dtype, layer=layer, cut=cut, stack=routing.experts
+        )
+
+    bias = one("router_bias", "e_score_correction_bias", (routing.experts,), "float32")
+    return (
+        one("router", "weight", (routing.experts, hidden), dtype),
+        *((bias,) if routing.has_bias else ()),
+        stacked("experts_gate_up", ("gate", "up"), (intermediate, hidden), 0),
+        stacked("experts_down", ("down",), (hidden, intermediate), 1),
+    )
