@@ -8,7 +8,7 @@ from models.spec import ModelSpec
 from protocol.errors import UnsupportedModelError
 from worker.context import StepContext
 from worker.layers.parts import Parts
-from worker.models.llama import Llama
+from worker.models.llama import llama
 
 
 class StageModel(Protocol):
@@ -27,7 +27,7 @@ class StageModel(Protocol):
         """Return float32 [rows, local vocabulary] of [rows, hidden]. Last stage only."""
 
 
-_ARCHITECTURES = {"llama": Llama}
+_ARCHITECTURES = {"llama": llama}
 
 
 def build(
