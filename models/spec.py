@@ -74,6 +74,10 @@ class ModelSpec(msgspec.Struct, frozen=True):
     """2 × the multiply-adds of all matrix products but attention's, for one token."""
     chunks: TokenChunks | None = None
     """What is alive beside ``activation_whole`` and ``activation_cut``, however many tokens a step has."""
+    experts: int = 0
+    """Routed experts of a layer, over which its parameters ``experts_…`` are stacked; 0: none."""
+    experts_per_token: int = 0
+    """That a token chooses of them: what a step reads of ``experts_…`` is reckoned with it."""
 
     def layer_parameters(self, layer: int) -> tuple[ParameterSpec, ...]:
         """Return the parameters of one decoder layer."""
