@@ -15,7 +15,14 @@ from orchestrator.launcher import RankProcess
 from orchestrator.output import OutputPipe
 from protocol.abort_page import write_abort
 from protocol.control import Fault, FaultKind, Ready
-from protocol.errors import ErrorInfo, InstanceFailedError, InvalidRequestError, TandemError, from_info
+from protocol.errors import (
+    COLLECTIVE_CODE,
+    ErrorInfo,
+    InstanceFailedError,
+    InvalidRequestError,
+    TandemError,
+    from_info,
+)
 
 STOP_LOOK_S: Final = 0.25
 SETTLE_S: Final = 0.1
@@ -26,14 +33,16 @@ REAP_S: Final = 10.0
 
 _TELLING: Final = {
     FaultKind.HUNG: 0,
-    FaultKind.STEP: 2,
-    FaultKind.LOAD: 3,
-    FaultKind.PROTOCOL: 3,
-    FaultKind.STOPPED: 4,
-    FaultKind.DIED: 5,
+    FaultKind.STEP: 3,
+    FaultKind.LOAD: 4,
+    FaultKind.PROTOCOL: 4,
+    FaultKind.STOPPED: 5,
+    FaultKind.DIED: 6,
 }
 """Which of several faults that come together is the cause: the highest, the first of equals."""
 _ENDED_BY_ITSELF: Final = 1
+_WAITED_IN_VAIN: Final = 2
+"""For a peer, which may have a cause to tell: its words can be the later ones."""
 
 
 class RankLostError(Exception):
@@ -146,7 +155,8 @@ class Supervisor:
 
     def report(self, fault: Fault) -> None:
         """Take anyone's word that a rank is lost. Other epochs' and later words change nothing."""
-        self._note(_TELLING[fault.kind], fault)
+        is_witness = fault.code == COLLECTIVE_CODE
+        self._note(_WAITED_IN_VAIN if is_witness else _TELLING[fault.kind], fault)
 
     def _note(self, telling: int, fault: Fault) -> None:
         if self._is_ending or fault.epoch != self._epoch:

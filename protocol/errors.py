@@ -6,6 +6,9 @@ An error crosses a process boundary as ``ErrorInfo`` and is raised again on the 
 
 import msgspec
 
+COLLECTIVE_CODE = "collective"
+"""Of a rank that waited for its peers in vain. A worker's own; clients do not see it."""
+
 
 class ErrorInfo(msgspec.Struct, frozen=True):
     """An error on the wire."""

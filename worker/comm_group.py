@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from protocol.errors import TandemError
+from protocol.errors import COLLECTIVE_CODE, TandemError
 
 
 class CollectiveError(TandemError):
@@ -16,7 +16,7 @@ class CollectiveError(TandemError):
     ``peers`` are the ranks that were waited for, or the one that is known to be the cause.
     """
 
-    code = "collective"
+    code = COLLECTIVE_CODE
 
     def __init__(self, rank: int, operation: str, peers: Sequence[int], reason: str) -> None:
         names = ", ".join(map(str, peers))
