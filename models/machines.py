@@ -72,7 +72,9 @@ class Machines(msgspec.Struct, frozen=True):
         return each if self.machines == 1 else f"{self.machines} machines of {each}, {self.network.name}"
 
 
-def _gpu(name: str, gib: float, read_tb_s: float, tflops: float, nvlink_gb_s: float, pcie_gb_s: float) -> Gpu:
+def _gpu(
+    name: str, gib: float, read_tb_s: float, tflops: float, nvlink_gb_s: float, pcie_gb_s: float
+) -> Gpu:
     return Gpu(
         name=name,
         usable_bytes=int(gib * GIB),
@@ -87,8 +89,8 @@ def _gpu(name: str, gib: float, read_tb_s: float, tflops: float, nvlink_gb_s: fl
 GPUS: Final = {
     gpu.name: gpu
     for gpu in (
-        # Usable: H200 and H100 as measured and reported here; A100 and B200 as torch reports their totals in
-        # public logs (39.4, 79.1 and 178.3 GiB).
+        # Usable: H200 and H100 as measured and reported here; A100 and B200 as torch reports their
+        # totals in public logs (39.4, 79.1 and 178.3 GiB).
         _gpu("A100-40GB", 39.4, 1.555, 312, 300, 32),
         _gpu("A100-80GB", 79.1, 2.039, 312, 300, 32),
         _gpu("H100-80GB", 79.6, 3.35, 989, 450, 64),
@@ -108,8 +110,8 @@ _SHORT: Final = {
 NETWORKS: Final = {
     link.name.lower(): link
     for link in (
-        # One 400 Gbit/s port a GPU, as in HGX machines: NDR InfiniBand (ConnectX-7) or 400 Gbit Ethernet. The
-        # latency of a short all-reduce over NCCL between machines is an estimate, not measured here.
+        # One 400 Gbit/s port a GPU, as in HGX machines: NDR InfiniBand (ConnectX-7) or 400 Gbit Ethernet.
+        # The latency of a short all-reduce over NCCL between machines is an estimate, not measured here.
         Link("InfiniBand", 50e9, 25e-6),
         Link("RoCE", 50e9, 35e-6),
     )
@@ -119,7 +121,9 @@ NETWORKS: Final = {
 DRIVE_BYTES_S: Final = 6.8e9
 """A data centre's PCIe 4 NVMe drive, sequential reads (Samsung PM9A3, data sheet)."""
 
-_FORM: Final = re.compile(r"(?:(\d{1,4})x)?(?:(\d{1,4})x)?([a-z][a-z0-9]*(?:-\d+gb)?)(?:@([a-z]+))?", re.ASCII)
+_FORM: Final = re.compile(
+    r"(?:(\d{1,4})x)?(?:(\d{1,4})x)?([a-z][a-z0-9]*(?:-\d+gb)?)(?:@([a-z]+))?", re.ASCII
+)
 
 
 def parse_gpus(text: str) -> Machines:
@@ -154,7 +158,7 @@ def _bad(text: str, what: str) -> InvalidRequestError:
 
 
 def gpu_of_driver(name: str, total_bytes: int) -> Gpu | None:
-    """Return the GPU that the driver calls ``name`` (``NVIDIA H100 80GB HBM3``), None where it is not known."""
+    """Return the GPU that the driver calls ``name`` (``NVIDIA H100 80GB HBM3``), None where not known."""
     words = name.replace("-", " ").split()
     same = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words]
     return min(same, key=lambda gpu: abs(gpu.usable_bytes - total_bytes), default=None)

@@ -42,17 +42,24 @@ def read_config(directory: Path) -> dict[str, Any]:
 def load_spec(directory: Path, dtype: str = "float32") -> ModelSpec:
     """Return the model of a directory, computed in ``dtype``.
 
-    Errors: those of ``read_config``; ``UnsupportedModelError`` listing what is known.
+    Errors: those of ``read_config``; those of ``build_spec``.
+    """
+    return build_spec(read_config(directory), str(directory / "config.json"), dtype)
+
+
+def build_spec(raw: dict[str, Any], where: str, dtype: str = "float32") -> ModelSpec:
+    """Return the model that the ``config.json`` at ``where`` describes, in the same way.
+
+    Errors: ``ModelFormatError`` for a malformed one; ``UnsupportedModelError`` listing what is known.
     """
     if dtype not in SERVED_DTYPES:
         raise UnsupportedModelError(
             f"dtype {dtype!r} is not served: {', '.join(SERVED_DTYPES)} are", field="dtype"
         )
-    raw = read_config(directory)
     names = raw.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ModelFormatError(
-            f"{directory / 'config.json'}: architectures must be a list with a name in it, not {names!r}",
+            f"{where}: architectures must be a list with a name in it, not {names!r}",
             field="architectures",
         )
     build = _ARCHITECTURES.get(names[0])

@@ -1,9 +1,9 @@
 """Models that can be planned without being here: one small file each, named for the model.
 
-A file holds the published ``config.json`` (what decides shapes and bytes of it) and the bytes of all tensors
-as the checkpoint's index or header says. Names, shapes and dtypes of the tensors follow from the architecture's
-``ParameterSpec``; a test holds their sum against those bytes. To add a model whose architecture ``models/``
-states, add its file.
+A file holds the published ``config.json`` (what decides shapes and bytes of it) and the bytes of all
+tensors as the checkpoint's index or header says. Names, shapes and dtypes of the tensors follow from the
+architecture's ``ParameterSpec``; a test holds their sum against those bytes. To add a model whose
+architecture ``models/`` states, add its file.
 """
 
 from pathlib import Path

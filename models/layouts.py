@@ -1,0 +1,271 @@
+"""Every way to lay a model over given GPUs, each with its memory and speed, and which is best.
+
+Without torch and without a GPU: ``tandem plan --gpus`` prints what stands here, ``serve --layout auto``
+takes the best. Memory is ``models.memory``'s, speed is ``models.speed``'s.
+"""
+
+from typing import Final, Literal
+
+import msgspec
+
+from models.layout import check_degrees
+from models.machines import DRIVE_BYTES_S, Machines
+from models.memory import DeviceOverheads, MemoryLine, RankPlan, StepLimits, divide_memory
+from models.spec import ModelSpec
+from models.speed import Decode, Pace, Traffic
+from protocol.errors import InvalidRequestError, LayoutError
+from protocol.topology import Topology
+
+Prefer = Literal["latency", "throughput"]
+
+CLASS_SLACK: Final = 1.25
+"""How many times worse than the best layout one may be and still be of the class that is preferred."""
+
+USUAL_CONTEXT: Final = 8192
+"""Tokens that speeds are reckoned at where no context is asked and the model has more."""
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What a layout is to do."""
+
+    context: int | None = None
+    """Tokens that a request must be able to hold; None: no demand."""
+    concurrency: int = 64
+    """Requests that decode at a time, where the memory holds so many."""
+    drive_bytes_s: float = DRIVE_BYTES_S
+    """Of each machine's drive."""
+    prefer: Prefer = "latency"
+    tp: int | None = None
+    pp: int | None = None
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """One layout. Figures in bytes are those of its tightest rank."""
+
+    tp: int
+    pp: int
+    ep: int
+    dcp: int
+    fits: bool
+    """Whether it holds one request of the asked context, or one block of tokens where none is asked."""
+    lacks_bytes: int
+    """What the rank that lacks most would need beside its budget; 0 where it fits."""
+    rank: int
+    """The tightest."""
+    budget_bytes: int
+    weights_bytes_per_rank: int
+    kv_bytes_per_rank: int
+    lines: tuple[MemoryLine, ...]
+    """Everything that takes memory on it, weights and KV among them."""
+    stages: tuple[tuple[int, int], ...]
+    """Layers [first, end) of each."""
+    kv_tokens: int
+    requests: int
+    """Of ``Matrix.context`` tokens, that fit at a time."""
+    boot_s: float
+    first_token_s: float
+    """The least time from a prompt of ``Matrix.context`` tokens to its first token, alone."""
+    decode_one: Decode
+    decode_many: Decode
+    traffic: tuple[Traffic, ...]
+    """What a rank sends in a step, by collective."""
+
+    @property
+    def name(self) -> str:
+        """How people call it."""
+        return str(Topology(self.tp, self.pp))
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """Degrees that multiply to the GPUs and that the model cannot be cut into."""
+
+    tp: int
+    pp: int
+    why: str
+
+
+class Matrix(msgspec.Struct, frozen=True):
+    """All layouts, the best first."""
+
+    layouts: tuple[Layout, ...]
+    best: int | None
+    """Index of the one to take; None where nothing fits."""
+    why: str
+    """Why that one, in a sentence."""
+    context: int
+    """Tokens a request has where speeds and requests are counted."""
+    prefer: Prefer
+    refused: tuple[Refused, ...]
+
+
+def lay_out(
+    model: ModelSpec,
+    machines: Machines,
+    budget_bytes: int,
+    limits: StepLimits,
+    overheads: DeviceOverheads,
+    asked: Asked,
+    checkpoint_bytes: int,
+) -> Matrix:
+    """Return every layout of one rank a GPU, each rank with ``budget_bytes``.
+
+    ``checkpoint_bytes``: of all tensors, which a boot reads.
+    Errors: ``LayoutError`` where no degrees are possible, or not those asked; ``InvalidRequestError`` for a
+    context that the model does not have.
+    """
+    if asked.context is not None and not 1 <= asked.context <= model.max_context:
+        raise InvalidRequestError(
+            f"a context of {asked.context} tokens was asked, the model has {model.max_context}: "
+            "ask for 1 to that",
+            field="context",
+        )
+    context = asked.context or min(model.max_context, USUAL_CONTEXT)
+    found, refused = [], []
+    for topology in _topologies(machines.num_gpus, asked):
+        try:
+            check_degrees(model, topology)
+        except LayoutError as error:
+            refused.append(Refused(topology.tp, topology.pp, error.message))
+            continue
+        ranks = divide_memory(model, topology, [budget_bytes] * topology.world_size, limits, overheads)
+        pace = Pace(model, topology, ranks, machines, limits.step_tokens)
+        found.append(_layout(topology, ranks, pace, limits, asked, context, checkpoint_bytes))
+    if not found:
+        raise LayoutError(_nothing_possible(model, machines.num_gpus, refused), field="gpus")
+    layouts, why = _ranked(tuple(found), asked.prefer)
+    return Matrix(layouts, 0 if layouts[0].fits else None, why, context, asked.prefer, tuple(refused))
+
+
+def _topologies(num_gpus: int, asked: Asked) -> list[Topology]:
+    """Return the degrees that multiply to the GPUs and are those asked (``LayoutError`` where none are)."""
+    divisors = [d for d in range(1, num_gpus + 1) if num_gpus % d == 0]
+    for name, degree in (("tp", asked.tp), ("pp", asked.pp)):
+        if degree is not None and degree not in divisors:
+            raise LayoutError(
+                f"{name} {degree} does not divide {num_gpus} GPUs; degrees that do: "
+                f"{', '.join(map(str, divisors))}",
+                field=name,
+            )
+    found = [
+        Topology(tp, num_gpus // tp)
+        for tp in reversed(divisors)
+        if asked.tp in (None, tp) and asked.pp in (None, num_gpus // tp)
+    ]
+    if not found:
+        assert asked.tp is not None
+        assert asked.pp is not None
+        raise LayoutError(
+            f"tp {asked.tp} x pp {asked.pp} are {asked.tp * asked.pp} ranks, the GPUs {num_gpus}: give "
+            f"tp {asked.tp} pp {num_gpus // asked.tp}, or tp {num_gpus // asked.pp} pp {asked.pp}, or one "
+            "of the two degrees",
+            field="pp",
+        )
+    return found
+
+
+def _layout(
+    topology: Topology,
+    ranks: tuple[RankPlan, ...],
+    pace: Pace,
+    limits: StepLimits,
+    asked: Asked,
+    context: int,
+    checkpoint_bytes: int,
+) -> Layout:
+    blocks = -(-(asked.context or 1) // limits.block_tokens)
+    lacks = max(max(rank.budget_for(blocks) - rank.budget_bytes for rank in ranks), 0)
+    # Where it does not fit, all KV may be nothing: then the rank that lacks most is the tightest.
+    tightest = min(
+        ranks, key=lambda r: (r.kv_bytes // r.block_bytes, r.budget_bytes - r.budget_for(blocks))
+    )
+    by_name = {line.name: line.predicted_bytes for line in tightest.lines}
+    kv_tokens = tightest.kv_bytes // tightest.block_bytes * limits.block_tokens
+    requests = kv_tokens // context
+    return Layout(
+        tp=topology.tp,
+        pp=topology.pp,
+        # No model states yet that its experts can be placed, or its KV be kept by position.
+        ep=1,
+        dcp=1,
+        fits=not lacks,
+        lacks_bytes=lacks,
+        rank=tightest.rank,
+        budget_bytes=tightest.budget_bytes,
+        weights_bytes_per_rank=by_name["weights"],
+        kv_bytes_per_rank=tightest.kv_bytes,
+        lines=tightest.lines,
+        stages=tuple(
+            (ranks[group.start].layers.start, ranks[group.start].layers.stop)
+            for group in map(topology.tp_group, range(topology.pp))
+        ),
+        kv_tokens=kv_tokens,
+        requests=requests,
+        boot_s=pace.boot_s(checkpoint_bytes, asked.drive_bytes_s),
+        first_token_s=pace.first_token_s(context),
+        decode_one=pace.decode(1, context),
+        decode_many=pace.decode(max(min(asked.concurrency, requests), 1), context),
+        traffic=pace.traffic(),
+    )
+
+
+def _nothing_possible(model: ModelSpec, num_gpus: int, refused: list[Refused]) -> str:
+    tried = "; ".join(f"tp {r.tp} pp {r.pp}: {r.why}" for r in refused[:3])
+    fits = [d for d in range(1, model.heads + 1) if _is_possible(model, d)]
+    return (
+        f"{num_gpus} GPUs cannot be filled ({tried}): the model can be cut by tp "
+        f"{', '.join(map(str, fits))} and pp up to {model.num_layers}, give --gpus a product of the two"
+    )
+
+
+def _is_possible(model: ModelSpec, tp: int) -> bool:
+    try:
+        check_degrees(model, Topology(tp))
+    except LayoutError:
+        return False
+    return True
+
+
+def _ranked(found: tuple[Layout, ...], prefer: Prefer) -> tuple[tuple[Layout, ...], str]:
+    """Return the layouts, best first, and why the first is.
+
+    Those that fit before those that do not; of these, those of the preferred class by KV tokens, then the
+    others by KV tokens. What does not fit is sorted by what it lacks.
+    """
+    fitting = [layout for layout in found if layout.fits]
+    if not fitting:
+        ranked = sorted(found, key=lambda layout: layout.lacks_bytes)
+        lacks = f"{ranked[0].lacks_bytes / 2**30:.2f} GiB"
+        return tuple(ranked), (
+            f"nothing fits: {ranked[0].name} is nearest and lacks {lacks} on rank {ranked[0].rank}; take "
+            "more or larger GPUs, or a smaller --context"
+        )
+    quickest = min(fitting, key=lambda layout: _cost(layout, prefer))
+    bound = CLASS_SLACK * _cost(quickest, prefer)
+
+    def key(layout: Layout) -> tuple[bool, bool, int, float, int]:
+        cost = _cost(layout, prefer)
+        kv = -layout.kv_tokens if layout.fits else layout.lacks_bytes
+        return not layout.fits, cost > bound, kv, cost, -layout.tp
+
+    ranked = sorted(found, key=key)
+    return tuple(ranked), _reason(ranked[0], fitting, quickest, bound, prefer)
+
+
+def _cost(layout: Layout, prefer: Prefer) -> float:
+    """Return what a class compares, the less the better."""
+    return layout.decode_one.token_s if prefer == "latency" else 1 / layout.decode_many.tokens_s
+
+
+def _reason(best: Layout, fitting: list[Layout], quickest: Layout, bound: float, prefer: Prefer) -> str:
+    tokens = f"{best.kv_tokens:,} KV tokens"
+    if len(fitting) == 1:
+        return f"{best.name}: the only layout that fits, {tokens}"
+    if prefer == "latency":
+        among = f"where a token at 1 request takes at most {CLASS_SLACK:g} times the quickest"
+        record = f"{quickest.name}, {quickest.decode_one.token_s * 1e3:.2f} ms"
+    else:
+        among = f"that give at least {1 / CLASS_SLACK:.0%} of the most tokens a second"
+        record = f"{quickest.name}, {quickest.decode_many.tokens_s:,.0f}"
+    others = sum(_cost(layout, prefer) <= bound for layout in fitting) - 1
+    alone = "" if others else "; no other is among them"
+    return f"{best.name}: {tokens}, the most of the layouts {among} ({record}){alone}"

@@ -1,0 +1,225 @@
+"""The least time that a layout's steps take: reading, computing and sending, at what a GPU reaches of each.
+
+A step of a stage takes the longer of reading its weights and multiplying by them, then attention reads its
+KV, then come the collectives, each with its link's latency. Nothing else is counted (norms, launches,
+sampling), so these are bounds; on one H200, Llama-3-8B takes 3.2 ms a token by them and 4.1 in truth.
+"""
+
+from typing import Final
+
+import msgspec
+
+from models.layout import stage_parameters
+from models.machines import Link, Machines
+from models.memory import RankPlan
+from models.parameter import DTYPE_BYTES
+from models.spec import KVGroup, ModelSpec
+from protocol.topology import Topology
+
+START_S: Final = 3.4
+"""A process that imports torch and makes a CUDA context, warm; reading runs beside it (one H200)."""
+CONNECT_S: Final = 0.91
+"""NCCL's communicators, where a rank has peers (two H200s)."""
+_SAMPLED_BYTES: Final = 12
+"""What a rank gathers of each peer to sample a row: three numbers (``worker/backends/cuda/sampler.py``)."""
+_TOKEN_BYTES: Final = 8
+"""A sampled token on its way to the first stage."""
+
+
+class Traffic(msgspec.Struct, frozen=True):
+    """One kind of message of a step, on the rank that sends most of it."""
+
+    what: str
+    link: str
+    count: int
+    """Times a step."""
+    bytes_per_token: int
+    """Sent by a rank for each token of the step, all times together."""
+
+
+class Decode(msgspec.Struct, frozen=True):
+    """Steps of one token a row, every row with the same context."""
+
+    rows: int
+    token_s: float
+    """From one token of a row to its next."""
+    tokens_s: float
+    """Of all rows together."""
+    weight_bytes: int
+    """That the rank which reads most reads a step; ``kv_bytes`` likewise."""
+    kv_bytes: int
+
+
+class _Message(msgspec.Struct, frozen=True):
+    """Collectives of one kind on one stage."""
+
+    what: str
+    link: Link
+    count: int
+    bytes_per_token: float
+
+    def seconds(self, tokens: int) -> float:
+        return self.count * self.link.latency_s + tokens * self.bytes_per_token / self.link.bytes_s
+
+
+class Pace:
+    """Arithmetic of one layout; made once, asked for several sizes."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        topology: Topology,
+        ranks: tuple[RankPlan, ...],
+        machines: Machines,
+        step_tokens: int,
+    ) -> None:
+        """``ranks``: the memory of each; ``step_tokens``: of the largest step."""
+        self._model, self._topology, self._ranks = model, topology, ranks
+        self._machines, self._gpu, self._step_tokens = machines, machines.gpu, step_tokens
+        self._stages = [_Stage(model, topology, ranks, stage, machines) for stage in range(topology.pp)]
+        self._whole = sum(stage.weight_bytes(1) for stage in self._stages)
+
+    def decode(self, rows: int, context: int) -> Decode:
+        """Return the bound of decoding ``rows`` rows that hold ``context`` tokens each.
+
+        Stages work on disjoint rows: a row's next token is planned when its last one is sampled.
+        """
+        batches = min(self._topology.pp, rows)
+        each = -(-rows // batches)
+        times = [self._stage_s(stage, each, each * stage.kv_bytes(context)) for stage in self._stages]
+        token_s = max(sum(times), batches * max(times))
+        return Decode(
+            rows=rows,
+            token_s=token_s,
+            tokens_s=rows / token_s,
+            weight_bytes=max(stage.weight_bytes(each) for stage in self._stages),
+            kv_bytes=max(each * stage.kv_bytes(context) for stage in self._stages),
+        )
+
+    def first_token_s(self, prompt: int) -> float:
+        """Return the bound of a prompt's first token: its chunks follow each other through the stages."""
+        chunks = -(-prompt // self._step_tokens)
+        each = -(-prompt // chunks)
+        times = []
+        for stage in self._stages:
+            attention = stage.attention_flops(prompt) / chunks / self._gpu.matmul_flops
+            times.append(self._stage_s(stage, each, 0) + attention)
+        return sum(times) + (chunks - 1) * max(times)
+
+    def boot_s(self, checkpoint_bytes: int, drive_bytes_s: float) -> float:
+        """Return the seconds from the start to weights on all GPUs; graphs are captured after that.
+
+        Each machine reads the part that its ranks hold, beside the start of its processes; then ranks copy
+        what is theirs to their GPUs.
+        """
+        weights = [_line(rank, "weights") for rank in self._ranks]
+        each = self._machines.gpus_each
+        part = max(sum(weights[at : at + each]) for at in range(0, len(weights), each)) / sum(weights)
+        read_s = checkpoint_bytes * part / drive_bytes_s
+        copy_s = max(weights) / self._gpu.host_bytes_s
+        return max(START_S + CONNECT_S * (len(weights) > 1), read_s) + copy_s
+
+    def traffic(self) -> tuple[Traffic, ...]:
+        """Return what ranks send in a step, by kind, on the stage that sends most."""
+        most: dict[str, _Message] = {}
+        for stage in self._stages:
+            for message in stage.messages:
+                known = most.get(message.what)
+                if known is None or (message.bytes_per_token, message.link.latency_s) > (
+                    known.bytes_per_token,
+                    known.link.latency_s,
+                ):
+                    most[message.what] = message
+        return tuple(Traffic(m.what, m.link.name, m.count, round(m.bytes_per_token)) for m in most.values())
+
+    def _stage_s(self, stage: "_Stage", tokens: int, kv_bytes: int) -> float:
+        read_s = stage.weight_bytes(tokens) / self._gpu.read_bytes_s
+        # A product's operations go with the weights it reads.
+        part = stage.weight_bytes(1) / self._whole
+        flops = tokens * self._model.flops_per_token * part / self._topology.tp
+        compute_s = flops / self._gpu.matmul_flops
+        sent_s = sum(message.seconds(tokens) for message in stage.messages)
+        return max(read_s, compute_s) + kv_bytes / self._gpu.read_bytes_s + sent_s
+
+
+class _Stage:
+    """What a rank of one stage reads and sends."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        topology: Topology,
+        ranks: tuple[RankPlan, ...],
+        stage: int,
+        machines: Machines,
+    ) -> None:
+        group = topology.tp_group(stage)
+        self._layers = ranks[group.start].layers
+        self._model, self._tp = model, topology.tp
+        self._always = self._experts = 0
+        for spec in stage_parameters(model, self._layers):
+            if spec.place == "first":
+                continue  # Of the embedding a step reads rows alone.
+            if spec.name.rpartition(".")[2].startswith("experts_"):
+                self._experts += spec.local_bytes(topology.tp)
+            else:
+                self._always += spec.local_bytes(topology.tp)
+        self.messages = tuple(_messages(model, topology, stage, len(self._layers), machines))
+
+    def weight_bytes(self, tokens: int) -> int:
+        """Return what a step of so many tokens reads of the weights.
+
+        Of routed experts those that are hit, if every token chooses evenly among them.
+        """
+        experts, chosen = self._model.experts, self._model.experts_per_token
+        hit = 1.0 if not experts else 1 - (1 - chosen / experts) ** tokens
+        return self._always + round(self._experts * hit)
+
+    def kv_bytes(self, context: int) -> int:
+        """Return what attention reads for one row of ``context`` tokens."""
+        return sum(
+            _seen(group, context) * group.bytes_per_token(self._tp, self._layers)
+            for group in self._model.kv_groups
+        )
+
+    def attention_flops(self, prompt: int) -> float:
+        """Return a rank's operations for scores and values of a prompt, of which a token sees half."""
+        total = 0.0
+        for group in self._model.kv_groups:
+            here = sum(1 for layer in group.layers if layer in self._layers)
+            seen = min(prompt / 2, _seen(group, prompt))
+            total += here * 2 * (group.key_dim + group.value_dim) * seen * prompt
+        return total * self._model.heads / self._tp
+
+
+def _seen(group: KVGroup, context: int) -> int:
+    return min(context, group.window) if group.window else context
+
+
+def _messages(
+    model: ModelSpec, topology: Topology, stage: int, layers: int, machines: Machines
+) -> list[_Message]:
+    found = []
+    tp, group = topology.tp, topology.tp_group(stage)
+    hidden = model.hidden_size * DTYPE_BYTES[model.dtype]
+    is_last = stage == topology.pp - 1
+    if tp > 1:
+        link = machines.link(group)
+        # After attention and after the MLP of each layer, and the embedding's rows. A ring, or any other
+        # way that sends no more, sends every element but a rank's own part twice.
+        count = 2 * layers + (stage == 0)
+        found.append(_Message("all-reduce", link, count, count * 2 * (tp - 1) / tp * hidden))
+        if is_last:
+            found.append(_Message("gather to sample", link, 1, (tp - 1) * _SAMPLED_BYTES))
+    if topology.pp > 1 and not is_last:
+        found.append(
+            _Message("to the next stage", machines.link(range(group.start, group.stop + tp)), 1, hidden)
+        )
+    if topology.pp > 1 and is_last:
+        link = machines.link(range(topology.world_size))
+        found.append(_Message("tokens to the first stage", link, 1, _TOKEN_BYTES))
+    return found
+
+
+def _line(rank: RankPlan, name: str) -> int:
+    return next(line.predicted_bytes for line in rank.lines if line.name == name)
