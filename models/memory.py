@@ -122,7 +122,7 @@ def divide_memory(
     limits: StepLimits,
     overheads: DeviceOverheads,
 ) -> tuple[RankPlan, ...]:
-    """Divide each rank's budget (bytes, one per rank) into lines; KV gets what is left, which may be nothing.
+    """Divide each rank's budget (bytes, one per rank) into lines; KV gets what is left, if anything.
 
     Errors: ``LayoutError`` for impossible degrees.
     """
