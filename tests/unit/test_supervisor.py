@@ -24,7 +24,7 @@ async def verdict(faults: list[Fault]) -> Fault:
     return found
 
 
-@pytest.mark.parametrize("faults", permutations([*WITNESSES, CAUSE]))
+@pytest.mark.parametrize("faults", list(permutations([*WITNESSES, CAUSE])))
 def test_a_rank_that_lost_its_peer_is_not_the_cause(faults: tuple[Fault, ...]) -> None:
     assert asyncio.run(verdict(list(faults))) == CAUSE
 
