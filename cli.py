@@ -122,10 +122,25 @@ def _layout_options(function: F) -> F:
             click.option("--tp", type=click.IntRange(1), help="Ranks that share each layer [1]."),
             click.option("--pp", type=click.IntRange(1), help="Stages that the layers are cut into [1]."),
             click.option(
+                "--layout",
+                type=click.Choice(["auto"]),
+                help="Choose --tp and --pp, but for the one that is given [auto on GPUs without either].",
+            ),
+            click.option(
+                "--prefer",
+                type=click.Choice(["latency", "throughput"]),
+                help="What a chosen layout must be good at; of those, the one with the most KV [latency].",
+            ),
+            click.option(
                 "--context", type=click.IntRange(1), help="Tokens a request may hold [what fits]."
             ),
             click.option(
                 "--dtype", type=click.Choice(["float32", "bfloat16"]), help="[float32; bfloat16 on a GPU]"
+            ),
+            click.option(
+                "--kv-dtype",
+                type=click.Choice(["auto", "bfloat16", "float8"]),
+                help="What keys and values are stored in [auto: --dtype].",
             ),
             click.option(
                 "--devices", callback=_devices, help="Where ranks run, with commas between them [cpu]."
@@ -160,6 +175,15 @@ def _config(directory: Path, model: str, options: dict[str, Any]) -> "ServeConfi
         kernel_cache=_cache() / "kernels",
         **asked,
     )
+
+
+def _laid_out(directory: Path, model: str, options: dict[str, Any]) -> "tuple[ServeConfig, str | None]":
+    """Return what is asked, its layout chosen where it is to be, and then why."""
+    from orchestrator.planner import choose_layout
+
+    layout, prefer = options.pop("layout"), options.pop("prefer")
+    config = _config(directory, model, options)
+    return choose_layout(config, options["tp"], options["pp"], is_auto=layout == "auto", prefer=prefer)
 
 
 def _serve_command(model: str, name: str, options: dict[str, Any]) -> list[str]:
@@ -215,11 +239,13 @@ def serve(model: str, while_stdin: bool, as_json: bool, **options: Any) -> None:
         from tandem.local_server import end_with
 
         end_with(sys.stdin.fileno())
-    config = _config(_pull(model), model, options)
+    config, why = _laid_out(_pull(model), model, options)
     from orchestrator.display import make_display
     from orchestrator.serve import run as run_instance
 
     display = make_display(sys.stderr, sys.stdout if as_json else None, colour=_colour())
+    if why is not None:
+        display.note(why)
     sys.exit(run_instance(config, display))
 
 
@@ -299,13 +325,29 @@ def _start(name: str | None, model: str | None, kind: str, options: dict[str, An
 
 @main.command()
 @click.option("--model", required=True, help="A short name, a repository or a directory.")
+@click.option("--gpus", help="Plan for these instead of this machine: 8xH100-80GB, 2x8xH200@roce.")
+@click.option("--concurrency", type=click.IntRange(1), help="With --gpus: requests that decode [64].")
+@click.option("--drive-gbs", type=float, help="With --gpus: GB/s that each machine's drive reads [6.8].")
 @_layout_options
 @_json_option
-def plan(model: str, as_json: bool, **options: Any) -> None:
+def plan(
+    model: str,
+    gpus: str | None,
+    concurrency: int | None,
+    drive_gbs: float | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Show what memory each rank would take.
 
-    Nothing is started or loaded. The model must be here already.
+    Nothing is started or loaded. The model must be here already, but for --gpus: that shows every layout on
+    GPUs that need not be here either, of a directory or of a model that is known.
     """
+    if gpus is not None:
+        _plan_on(gpus, model, concurrency, drive_gbs, options, as_json=as_json)
+        return
+    if concurrency is not None or drive_gbs is not None:
+        raise click.UsageError("--concurrency and --drive-gbs go with --gpus")
     from loader import hub
     from models.memory import plan_memory
     from models.registry import load_spec
@@ -314,9 +356,9 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     directory = hub.resolve(model, _cache())
     if directory is None:
         raise UnknownModelError(f"{model} is not here yet: tandem pull {model}", field="model")
-    config = _config(directory, model, options)
+    config, why = _laid_out(directory, model, options)
     planned = plan_memory(
-        load_spec(directory, config.dtype),
+        load_spec(directory, config.dtype, config.kv_dtype),
         config.topology,
         rank_budgets(config.devices, config.topology.world_size, config.memory_bytes, config.environment),
         config.limits,
@@ -326,7 +368,47 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     if as_json:
         _print_json(msgspec.to_builtins(planned, enc_hook=lambda layers: [layers.start, layers.stop]))
     else:
-        click.echo(_plan_table(planned))
+        click.echo(_plan_table(planned) + (f"\n{why}" if why else ""))
+
+
+def _plan_on(
+    gpus: str,
+    model: str,
+    concurrency: int | None,
+    drive_gbs: float | None,
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    from loader import hub
+    from models.layouts import Asked
+    from models.machines import parse_gpus
+    from orchestrator.config import GPU_DEFAULTS
+    from orchestrator.planner import plan_layouts, subject
+
+    mine = [name for name in ("devices", "boot_report", "layout") if options.pop(name) is not None]
+    if mine:
+        raise click.UsageError(f"--{mine[0].replace('_', '-')} is for this machine, --gpus for any other")
+    machines = parse_gpus(gpus)
+    found = subject(
+        model,
+        hub.resolve(model, _cache()),
+        options.pop("dtype") or GPU_DEFAULTS["dtype"],
+        options.pop("kv_dtype") or "auto",
+    )
+    memory_bytes = options.pop("memory")
+    options |= {
+        "concurrency": concurrency,
+        "drive_bytes_s": None if drive_gbs is None else drive_gbs * 1e9,
+    }
+    asked = Asked(**{name: value for name, value in options.items() if value is not None})
+    matrix = plan_layouts(found, machines, memory_bytes, asked)
+    if as_json:
+        _print_json({"model": model, "gpus": str(machines), **msgspec.to_builtins(matrix)})
+    else:
+        from orchestrator.layout_table import show_matrix
+
+        show_matrix(found, machines, matrix, sys.stdout, colour=_colour())
 
 
 def _plan_table(planned: "MemoryPlan") -> str:

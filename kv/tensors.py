@@ -3,6 +3,10 @@
 A layer's pages lie one after another, so that neighbouring blocks are one run of tokens and are
 read as a view. A token's line in a layer is its keys of all local heads, then its values. Whose
 memory it is, a memfd's or a GPU's, is a ``Region``'s business.
+
+A page of a float8 cache is the scales of its tokens, a byte each in the order head, key or value,
+token; then their lines, a byte an element. So a head's scales of neighbouring tokens are neighbours; and
+where a block has a multiple of 16 tokens, lines of 16 n elements begin at multiples of 16 bytes.
 """
 
 import mmap
@@ -53,7 +57,7 @@ class LayerCache:
     """Index of its KV group: which of a row's block tables applies."""
     lines: torch.Tensor
     """[num_blocks * block_tokens, heads * (key_dim + value_dim)]; line b * block_tokens + t is token t
-    of block b."""
+    of block b. Of a float8 cache its pages, uint8 [num_blocks, bytes of a page]."""
     heads: int
     key_dim: int
     value_dim: int
@@ -65,6 +69,27 @@ class LayerCache:
             lines[:, :split].view(-1, self.heads, self.key_dim).transpose(0, 1),
             lines[:, split:].view(-1, self.heads, self.value_dim).transpose(0, 1),
         )
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether elements are codes that have scales beside them."""
+        return self.lines.dtype == torch.uint8
+
+    def codes(self, pages: torch.Tensor) -> torch.Tensor:
+        """Return the lines in float8 pages, float8_e4m3fn [pages, block_tokens, width]: a view."""
+        width = self.heads * (self.key_dim + self.value_dim)
+        tokens = pages.shape[1] // (width + self.heads * self._scales_per_head)
+        return pages[:, -tokens * width :].view(torch.float8_e4m3fn).view(-1, tokens, width)
+
+    def scales(self, pages: torch.Tensor) -> torch.Tensor:
+        """Return the scales in them, uint8 [pages, heads, keys and values, block_tokens], as k + 127."""
+        per_token = self.heads * self._scales_per_head
+        tokens = pages.shape[1] // (self.heads * (self.key_dim + self.value_dim) + per_token)
+        return pages[:, : tokens * per_token].view(-1, self.heads, self._scales_per_head, tokens)
+
+    @property
+    def _scales_per_head(self) -> int:
+        return (self.key_dim > 0) + (self.value_dim > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +154,13 @@ class KVTensors:
             for layer in group.layers:
                 if layer not in layout.offsets:
                     continue
-                count = layout.layer_bytes[layer] // DTYPE_BYTES[group.dtype]
-                flat = region.view(getattr(torch, group.dtype), count, layout.offsets[layer])
-                self._layers[layer] = LayerCache(
-                    index, flat.view(-1, width), heads, group.key_dim, group.value_dim
-                )
+                size, offset = layout.layer_bytes[layer], layout.offsets[layer]
+                if group.dtype == "float8":
+                    lines = region.view(torch.uint8, size, offset).view(layout.num_blocks, -1)
+                else:
+                    count = size // DTYPE_BYTES[group.dtype]
+                    lines = region.view(getattr(torch, group.dtype), count, offset).view(-1, width)
+                self._layers[layer] = LayerCache(index, lines, heads, group.key_dim, group.value_dim)
 
     def __getitem__(self, layer: int) -> LayerCache:
         """Return the cache of a decoder layer of this stage."""

@@ -205,7 +205,12 @@ def _rank_plan(
             f"layers {layers.start} to {layers.stop - 1} in {model.dtype}, 1/{topology.tp} of each",
         ),
         *fixed,
-        MemoryLine("kv cache", kv, f"what is left: {kv // block} blocks of {limits.block_tokens} tokens"),
+        MemoryLine(
+            "kv cache",
+            kv,
+            f"what is left: {kv // block} blocks of {limits.block_tokens} tokens in "
+            + " and ".join(dict.fromkeys(group.dtype for group in model.kv_groups)),
+        ),
     )
     return RankPlan(rank, layers, budget, lines, block, kv)
 
@@ -214,9 +219,10 @@ def _fixed_lines(
     model: ModelSpec, topology: Topology, limits: StepLimits, overheads: DeviceOverheads
 ) -> tuple[MemoryLine, ...]:
     size, tp = DTYPE_BYTES[model.dtype], topology.tp
-    activations = limits.step_tokens * (model.activation_whole + math.ceil(model.activation_cut / tp))
+    activations = limits.step_tokens * math.ceil(model.activation_cut / tp)
     if model.chunks is not None:
-        activations += model.chunks.elements(limits.step_tokens, tp)
+        activations = max(activations, model.chunks.elements(limits.step_tokens, tp))
+    activations += limits.step_tokens * model.activation_whole
     cut, whole = math.ceil(model.vocab_size / tp), model.vocab_size
     logits = limits.logit_rows * (overheads.logit_bytes * cut + overheads.whole_logit_bytes * whole)
     return (

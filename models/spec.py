@@ -17,6 +17,8 @@ class KVGroup(msgspec.Struct, frozen=True):
     key_dim: int
     value_dim: int
     dtype: str
+    """What elements are stored in. ``float8``: e4m3, and a scale's byte for the key and for the value of
+    each token and head (``kv.tensors``)."""
     kind: Literal["full", "sliding"] = "full"
     window: int = 0
     """Tokens that a query sees back, for ``sliding``."""
@@ -29,7 +31,13 @@ class KVGroup(msgspec.Struct, frozen=True):
         """Return what one token takes on one rank of the stage that runs ``layers``."""
         here = sum(1 for layer in self.layers if layer in layers)
         dims = self.key_dim + self.value_dim
-        return here * self.local_heads(tp) * dims * DTYPE_BYTES[self.dtype]
+        head = dims + self.scales_per_head if self.dtype == "float8" else dims * DTYPE_BYTES[self.dtype]
+        return here * self.local_heads(tp) * head
+
+    @property
+    def scales_per_head(self) -> int:
+        """Bytes of scales that a token has in each head of a float8 cache: its key's and its value's."""
+        return (self.key_dim > 0) + (self.value_dim > 0)
 
 
 class TokenChunks(msgspec.Struct, frozen=True):
@@ -73,7 +81,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     flops_per_token: int
     """2 × the multiply-adds of all matrix products but attention's, for one token."""
     chunks: TokenChunks | None = None
-    """What is alive beside ``activation_whole`` and ``activation_cut``, however many tokens a step has."""
+    """What is alive at another moment than ``activation_cut``, beside ``activation_whole``."""
     experts: int = 0
     """Routed experts of a layer, over which its parameters ``experts_…`` are stacked; 0: none."""
     experts_per_token: int = 0

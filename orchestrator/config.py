@@ -60,6 +60,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     tp: int = 1
     pp: int = 1
     dtype: str = "float32"
+    kv_dtype: str = "auto"
+    """What keys and values are stored in; ``auto``: ``dtype``."""
     context: int | None = None
     """Tokens a request may hold; None: the model's most, or what fits."""
     max_rows: int = 64

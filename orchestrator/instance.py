@@ -30,7 +30,7 @@ from orchestrator.scheduler import Scheduler, SchedulerConfig
 from protocol.abort_page import make_page
 from protocol.client import Info
 from protocol.control import Boot, Ready
-from protocol.errors import InvalidRequestError, MemoryBudgetError, StorageError
+from protocol.errors import InvalidRequestError, MemoryBudgetError, StorageError, UnsupportedModelError
 from protocol.runtime_dir import InstanceDirectory, InstanceFacts, InstanceState
 from protocol.topology import Topology
 
@@ -67,8 +67,9 @@ class Blueprint(msgspec.Struct, frozen=True):
         _check_limits(config)
         if config.boot_report is not None:
             check_report_path(config.boot_report)
-        model = load_spec(config.model, config.dtype)
+        model = load_spec(config.model, config.dtype, config.kv_dtype)
         check_against(model, read_index(config.model))
+        _check_kv_dtype(model, config)
         topology = config.topology
         ranks = topology.world_size
         budgets = rank_budgets(config.devices, ranks, config.memory_bytes, config.environment)
@@ -135,6 +136,7 @@ class Blueprint(msgspec.Struct, frozen=True):
                 rendezvous=str(rendezvous),
                 collective_timeout_s=config.deadlines.collective_s,
                 page_fd=page_fd,
+                kv_dtype=config.kv_dtype,
             )
             for rank in self.plan.ranks
         ]
@@ -209,6 +211,17 @@ def _check_limits(config: ServeConfig) -> None:
             "raise --step-tokens or lower --max-rows",
             field="step_tokens",
         )
+
+
+def _check_kv_dtype(model: ModelSpec, config: ServeConfig) -> None:
+    """Refuse what the kernels of a device kind do not read (``UnsupportedModelError``)."""
+    if device_kind(config.devices) == "cpu" or all(g.dtype == model.dtype for g in model.kv_groups):
+        return
+    raise UnsupportedModelError(
+        f"KV in {config.kv_dtype} for a model in {model.dtype} is served on the CPU alone: on a GPU leave "
+        "--kv-dtype out",
+        field="kv_dtype",
+    )
 
 
 def make_arenas(sizes: Sequence[int], stack: AsyncExitStack) -> list[int]:

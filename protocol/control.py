@@ -154,6 +154,8 @@ class Boot(msgspec.Struct, frozen=True, array_like=True, tag="boot"):
     collective_timeout_s: float
     page_fd: int | None = None
     """The abort page's descriptor, inherited (``protocol.abort_page``); None: no GPU waits for a peer."""
+    kv_dtype: str = "auto"
+    """What keys and values are stored in."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):

@@ -75,7 +75,8 @@ def assemble(
     layers = stages[topology.stage(rank)]
     layout = KVLayout.of(spec, layers, topology.tp, limits.num_blocks, limits.block_tokens, limits.kv_bytes)
     cache = KVTensors(spec, topology.tp, layout, HostRegion.anonymous("tandem-kv", layout.size_bytes))
-    backend = CpuBackend()
+    converted = frozenset(g for g, group in enumerate(spec.kv_groups) if group.dtype != spec.dtype)
+    backend = CpuBackend(converted_groups=converted)
     weights = Weights(held, topology.tp, topology.tp_rank(rank), HostRegion(memory))
     model = build(
         Parts(weights, cache, backend, comm),

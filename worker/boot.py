@@ -124,7 +124,7 @@ def boot_rank(boot: Boot, send: Send) -> Booted:
         )
     spans = Spans(boot.rank)
     with spans.span("plan"):
-        spec = load_spec(Path(boot.model_directory), boot.dtype)
+        spec = load_spec(Path(boot.model_directory), boot.dtype, boot.kv_dtype)
         checkpoint = read_index(Path(boot.model_directory))
         check_against(spec, checkpoint)
         stages = tuple(range(first, end) for first, end in boot.stages)

@@ -62,6 +62,7 @@ def run_ranks_as_threads(
     topology: Topology,
     *,
     dtype: str = "float32",
+    kv_dtype: str = "auto",
     max_rows: int = 32,
     step_tokens: int = 512,
     logit_rows: int = 8,
@@ -74,7 +75,7 @@ def run_ranks_as_threads(
 
     ``kv_groups`` deals the layers out to that many groups, each under a block table of its own.
     """
-    spec = load_spec(directory, dtype)
+    spec = load_spec(directory, dtype, kv_dtype)
     (whole,) = spec.kv_groups
     groups = tuple(
         msgspec.structs.replace(whole, name=f"part {g}", layers=whole.layers[g::kv_groups])

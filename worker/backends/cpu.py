@@ -14,7 +14,7 @@ from torch.nn import functional
 from kv.tensors import LayerCache
 from models.moe import Routing
 from worker.backends.base import ExpertWeights
-from worker.backends.cpu_attention import PagedAttentionPlan, attend, plan_attention
+from worker.backends.cpu_attention import PagedAttentionPlan, attend, plan_attention, store
 from worker.backends.cpu_moe import CpuExperts
 from worker.comm import Communicator
 from worker.context import AttentionPlan, RowSpan
@@ -29,10 +29,14 @@ _ONEDNN_ROWS = range(4, 193)
 class CpuBackend:
     """``Backend`` on host memory. Owns the scratch that scattered pages are gathered into."""
 
-    def __init__(self, gather_bytes: int = GATHER_BYTES) -> None:
+    def __init__(
+        self, gather_bytes: int = GATHER_BYTES, converted_groups: frozenset[int] = frozenset()
+    ) -> None:
+        """``converted_groups``: KV groups that are stored in another dtype than is computed in."""
         self.device = torch.device("cpu")
         # Allocated once: fresh pages for each layer's gather would cost several times the copy.
         self._scratch = torch.empty(gather_bytes, dtype=torch.uint8)
+        self._converted_groups = converted_groups
         self._onednn_rows = _onednn_rows()
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -51,6 +55,11 @@ class CpuBackend:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See ``Backend.rms_norm``."""
         return functional.rms_norm(x, weight.shape, weight, eps)
+
+    def norm_heads(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        """See ``Backend.norm_heads``."""
+        heads = x.view(x.shape[0], -1, weight.shape[0])
+        heads.copy_(functional.rms_norm(heads, weight.shape, weight, eps))
 
     def reduce_add(self, residual: torch.Tensor, update: torch.Tensor, comm: Communicator) -> None:
         """See ``Backend.reduce_add``."""
@@ -89,9 +98,11 @@ class CpuBackend:
         self, spans: list[RowSpan], group: int, block_tokens: int, width: int
     ) -> AttentionPlan:
         """Prepare attention in one KV group, once a step; ``width``: elements of a cache line."""
-        gather_blocks = self._scratch.numel() // (width * 4 * block_tokens)
+        is_converted = group in self._converted_groups
+        # What is converted, and before it what it is converted from: at most two bytes an element.
+        gather_blocks = self._scratch.numel() // (width * (6 if is_converted else 4) * block_tokens)
         assert gather_blocks >= 1, (width, block_tokens)
-        return plan_attention(spans, group, block_tokens, gather_blocks)
+        return plan_attention(spans, group, block_tokens, gather_blocks, is_converted=is_converted)
 
     def rope_and_store(
         self, qkv: torch.Tensor, rotation: torch.Tensor, cache: LayerCache, plan: AttentionPlan
@@ -105,10 +116,7 @@ class CpuBackend:
         crossed = halves.flip(2)
         halves.mul_(rotation[:, None, :1]).addcmul_(crossed, rotation[:, None, 1:])
         lines = qkv[:, -stored:]
-        if isinstance(plan.lines, int):
-            cache.lines[plan.lines : plan.lines + qkv.shape[0]] = lines
-        else:
-            cache.lines.index_copy_(0, plan.lines, lines)
+        store(lines, cache, plan)
         return qkv
 
     def attend(self, rotated: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:

@@ -2,15 +2,17 @@
 
 A row attends to its own new tokens causally and to what was cached before without a mask, so no
 mask is ever made. Cached context that is one run of blocks is read in place; scattered blocks of
-all rows are gathered together in bounded pieces. Two parts of a softmax merge exactly:
-o = Σ oᵢ · exp(lseᵢ − lse), lse = log Σ exp(lseᵢ).
+all rows, and all of a cache in another dtype, are gathered together in bounded pieces. Two parts of a
+softmax merge exactly: o = Σ oᵢ · exp(lseᵢ − lse), lse = log Σ exp(lseᵢ).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from kv.tensors import LayerCache
+from worker.backends.cpu_float8 import read_blocks, store_rounded
 from worker.context import AttentionPlan, RowSpan
 
 Part = tuple[torch.Tensor, torch.Tensor]
@@ -58,9 +60,12 @@ class PagedAttentionPlan(AttentionPlan):
 
 
 def plan_attention(
-    spans: list[RowSpan], group: int, block_tokens: int, gather_blocks: int
+    spans: list[RowSpan], group: int, block_tokens: int, gather_blocks: int, *, is_converted: bool = False
 ) -> PagedAttentionPlan:
-    """Prepare a step; at most ``gather_blocks`` blocks are copied together at a time."""
+    """Prepare a step; at most ``gather_blocks`` blocks are copied together at a time.
+
+    ``is_converted``: nothing can be read in place.
+    """
     in_place: list[Piece] = []
     gathered: list[Source] = []
     blocks: list[int] = []
@@ -69,7 +74,7 @@ def plan_attention(
         table = span.tables[group]
         # A single token reads its own key from the cache too; a chunk sees its own beside the cache.
         left = span.end if span.count == 1 else span.start
-        if table.is_run:
+        if table.is_run and not is_converted:
             if left:
                 in_place.append(Piece(row, table.ids[0] * block_tokens, left))
             continue
@@ -87,7 +92,10 @@ def plan_attention(
     if pieces:
         gathered.append(_gather(blocks, pieces))
     sources = (Source(None, tuple(in_place)), *gathered)
-    return PagedAttentionPlan(tuple(spans), _new_lines(spans, group, block_tokens), sources, block_tokens)
+    lines = _new_lines(spans, group, block_tokens)
+    if is_converted and isinstance(lines, int):
+        lines = torch.arange(lines, lines + spans[0].count)
+    return PagedAttentionPlan(tuple(spans), lines, sources, block_tokens)
 
 
 def _gather(blocks: list[int], pieces: list[Piece]) -> Source:
@@ -114,6 +122,41 @@ def _new_lines(spans: list[RowSpan], group: int, block_tokens: int) -> torch.Ten
     return torch.tensor(lines)
 
 
+def store(lines: torch.Tensor, cache: LayerCache, plan: PagedAttentionPlan) -> None:
+    """Write new lines [tokens, width] to the cache.
+
+    Where it has another dtype they are rounded in place: a chunk attends to its own keys and values as
+    later ones will find them.
+    """
+    stored = lines
+    if cache.is_float8:
+        assert isinstance(plan.lines, torch.Tensor)
+        store_rounded(lines, cache, plan.lines)
+        return
+    if cache.lines.dtype != lines.dtype:
+        stored = lines.to(cache.lines.dtype)
+        lines.copy_(stored)
+    if isinstance(plan.lines, int):
+        cache.lines[plan.lines : plan.lines + lines.shape[0]] = stored
+    else:
+        cache.lines.index_copy_(0, plan.lines, stored)
+
+
+def gathered(
+    cache: LayerCache, plan: PagedAttentionPlan, scratch: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[Source, torch.Tensor]]:
+    """Give each source with its lines in ``dtype``; copies lie in ``scratch``, one by one."""
+    for source in plan.sources:
+        if not source.pieces:
+            continue
+        if source.blocks is None:
+            yield source, cache.lines
+        elif cache.is_float8:
+            yield source, read_blocks(cache, source.blocks, scratch, dtype)
+        else:
+            yield source, _copies(cache.lines, source.blocks, plan.block_tokens, scratch, dtype)
+
+
 def attend(
     qkv: torch.Tensor, cache: LayerCache, plan: PagedAttentionPlan, scratch: torch.Tensor
 ) -> torch.Tensor:
@@ -125,45 +168,62 @@ def attend(
         if span.count > 1:
             own = slice(span.offset, span.offset + span.count)
             keys, values = cache.keys_values(qkv[own, -stored:])
-            merged[row] = _attention(queries[own], keys, values, is_causal=True)
-    for source in plan.sources:
-        if not source.pieces:
-            continue
-        lines = cache.lines
-        if source.blocks is not None:
-            pages = lines.view(-1, plan.block_tokens * lines.shape[1])
-            copies = scratch.view(lines.dtype)[: len(source.blocks) * pages.shape[1]].view(
-                -1, pages.shape[1]
-            )
-            lines = torch.index_select(pages, 0, source.blocks, out=copies).view(-1, lines.shape[1])
+            merged[row] = attention(queries[own], keys, values, is_causal=True)
+    for source, lines in gathered(cache, plan, scratch, qkv.dtype):
         keys, values = cache.keys_values(lines)
         for piece in source.pieces:
             span, end = plan.rows[piece.row], piece.first + piece.length
-            part = _attention(
+            part = attention(
                 queries[span.offset : span.offset + span.count],
                 keys[:, piece.first : end],
                 values[:, piece.first : end],
             )
             before = merged.get(piece.row)
-            merged[piece.row] = part if before is None else _merge(before, part)
+            merged[piece.row] = part if before is None else merge(before, part)
     return torch.cat([merged[row][0] for row in range(len(plan.rows))]).flatten(1)
 
 
-def _attention(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, is_causal: bool = False
+def _copies(
+    lines: torch.Tensor, blocks: torch.Tensor, block_tokens: int, scratch: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return copies of some blocks' lines in ``dtype``, made in ``scratch``."""
+    pages = lines.view(-1, block_tokens * lines.shape[1])
+    count = len(blocks) * pages.shape[1]
+    converted = scratch[: count * dtype.itemsize].view(dtype)
+    if dtype == lines.dtype:
+        copies = converted
+    else:
+        copies = scratch[count * dtype.itemsize :][: count * lines.dtype.itemsize].view(lines.dtype)
+    torch.index_select(pages, 0, blocks, out=copies.view(-1, pages.shape[1]))
+    if copies is not converted:
+        converted.copy_(copies)
+    return converted.view(-1, lines.shape[1])
+
+
+def attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
 ) -> Part:
-    """Return a part; keys and values are [heads, tokens, dim]."""
+    """Return a part of queries [n, heads, dim]; keys and values are [KV heads, tokens, dim].
+
+    Scores are multiplied with ``scale``, 1 / sqrt(dim) where it is None.
+    """
     n, heads, dim = queries.shape
     if n == 1:
         # The heads that share a KV head are its queries: each key is read once for all of them.
         grouped = queries.view(1, keys.shape[0], -1, dim)
-        out, lse = _flash(grouped, keys[None], values[None])
+        out, lse = _flash(grouped, keys[None], values[None], scale=scale)
         return out.reshape(1, heads, -1), lse
-    out, lse = _flash(queries.transpose(0, 1)[None], keys[None], values[None], 0.0, is_causal)
+    out, lse = _flash(queries.transpose(0, 1)[None], keys[None], values[None], 0.0, is_causal, scale=scale)
     return out[0].transpose(0, 1), lse
 
 
-def _merge(a: Part, b: Part) -> Part:
+def merge(a: Part, b: Part) -> Part:
+    """Return attention to two disjoint parts of the context."""
     n, heads, _ = a[0].shape
     lse = torch.logaddexp(a[1], b[1])
 
