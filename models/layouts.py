@@ -4,6 +4,7 @@ Without torch and without a GPU: ``tandem plan --gpus`` prints what stands here,
 takes the best. Memory is ``models.memory``'s, speed is ``models.speed``'s.
 """
 
+import math
 from typing import Final, Literal
 
 import msgspec
@@ -111,13 +112,18 @@ def lay_out(
 
     ``checkpoint_bytes``: of all tensors, which a boot reads.
     Errors: ``LayoutError`` where no degrees are possible, or not those asked; ``InvalidRequestError`` for a
-    context that the model does not have.
+    context that the model does not have, or a drive that is none.
     """
     if asked.context is not None and not 1 <= asked.context <= model.max_context:
         raise InvalidRequestError(
             f"a context of {asked.context} tokens was asked, the model has {model.max_context}: "
             "ask for 1 to that",
             field="context",
+        )
+    if not 0 < asked.drive_bytes_s < math.inf:
+        raise InvalidRequestError(
+            f"a drive of {asked.drive_bytes_s / 1e9:g} GB/s reads nothing: give GB/s, as in 6.8",
+            field="drive_gbs",
         )
     context = asked.context or min(model.max_context, USUAL_CONTEXT)
     found, refused = [], []
@@ -176,7 +182,8 @@ def _layout(
     lacks = max(max(rank.budget_for(blocks) - rank.budget_bytes for rank in ranks), 0)
     # Where it does not fit, all KV may be nothing: then the rank that lacks most is the tightest.
     tightest = min(
-        ranks, key=lambda r: (r.kv_bytes // r.block_bytes, r.budget_bytes - r.budget_for(blocks))
+        ranks,
+        key=lambda r: (r.kv_bytes // r.block_bytes, min(r.budget_bytes - r.budget_for(blocks), 0)),
     )
     by_name = {line.name: line.predicted_bytes for line in tightest.lines}
     kv_tokens = tightest.kv_bytes // tightest.block_bytes * limits.block_tokens

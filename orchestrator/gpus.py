@@ -15,15 +15,14 @@ def free_bytes(device: str, environment: Mapping[str, str]) -> int:
     Errors: ``UnsupportedModelError`` without a driver; ``InvalidRequestError`` for no such device.
     """
     with _nvml() as nvml:
-        visible = _visible(environment.get("CUDA_VISIBLE_DEVICES"), nvml.nvmlDeviceGetCount())
-        ordinal = ordinal_of(device)
-        if ordinal >= len(visible):
-            raise InvalidRequestError(
-                f"device {device} was asked, this machine has {len(visible)} GPUs (cuda:0 is the first)",
-                field="devices",
-            )
-        handle = nvml.nvmlDeviceGetHandleByIndex(visible[ordinal])
-        return int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
+        return int(nvml.nvmlDeviceGetMemoryInfo(_handle(nvml, device, environment)).free)
+
+
+def device_name(device: str, environment: Mapping[str, str]) -> tuple[str, int]:
+    """Return what the driver calls a device, and its bytes in all. Errors: as ``free_bytes``."""
+    with _nvml() as nvml:
+        handle = _handle(nvml, device, environment)
+        return str(nvml.nvmlDeviceGetName(handle)), int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
 
 
 def architectures(environment: Mapping[str, str]) -> list[tuple[int, int]]:
@@ -45,6 +44,17 @@ def ordinal_of(device: str) -> int:
             f"{device!r} is no device: give cpu, or cuda:0 and so on", field="devices"
         )
     return int(number)
+
+
+def _handle(nvml: Any, device: str, environment: Mapping[str, str]) -> Any:
+    visible = _visible(environment.get("CUDA_VISIBLE_DEVICES"), nvml.nvmlDeviceGetCount())
+    ordinal = ordinal_of(device)
+    if ordinal >= len(visible):
+        raise InvalidRequestError(
+            f"device {device} was asked, this machine has {len(visible)} GPUs (cuda:0 is the first)",
+            field="devices",
+        )
+    return nvml.nvmlDeviceGetHandleByIndex(visible[ordinal])
 
 
 def _visible(listed: str | None, count: int) -> list[int]:

@@ -1,0 +1,133 @@
+"""Which layout to take: the arithmetic of ``models.layouts`` on GPUs that are named, or that are here."""
+
+from pathlib import Path
+
+import msgspec
+
+from loader.index import check_against, read_index
+from models.known import known_model
+from models.layouts import Asked, Matrix, Prefer, lay_out
+from models.machines import GPUS, NETWORKS, Gpu, Machines, gpu_of_driver
+from models.memory import CUDA_OVERHEADS, StepLimits
+from models.registry import build_spec, load_spec
+from models.spec import ModelSpec
+from orchestrator.budget import GIB, GPU_MARGIN_BYTES, device_kind, rank_budgets
+from orchestrator.config import GPU_DEFAULTS, ServeConfig
+from orchestrator.gpus import device_name
+from protocol.errors import InvalidRequestError, MemoryBudgetError
+
+
+class Subject(msgspec.Struct, frozen=True):
+    """A model as far as planning goes."""
+
+    name: str
+    spec: ModelSpec
+    checkpoint_bytes: int
+    """Of all tensors that are read."""
+
+
+def subject(name: str, directory: Path | None, dtype: str, kv_dtype: str) -> Subject:
+    """Return the model of a directory, from config and headers alone, or else the known one by that name.
+
+    Errors: ``UnknownModelError`` listing what is known; ``ModelFormatError`` for a directory that
+    contradicts itself; ``StorageError``; ``UnsupportedModelError``.
+    """
+    if directory is None:
+        known = known_model(name)
+        spec = build_spec(known.config, f"{known.source}: config.json", dtype, kv_dtype)
+        return Subject(name, spec, known.tensor_bytes)
+    spec = load_spec(directory, dtype, kv_dtype)
+    checkpoint = read_index(directory)
+    check_against(spec, checkpoint)
+    wanted = {segment.source for parameter in spec.parameters for segment in parameter.segments}
+    return Subject(name, spec, sum(checkpoint.tensors[source].length for source in wanted))
+
+
+def plan_layouts(subject: Subject, machines: Machines, memory_bytes: int | None, asked: Asked) -> Matrix:
+    """Return all layouts on GPUs that need not be here.
+
+    ``memory_bytes``: what one GPU may use; None: what it has, less the margin that a server leaves.
+    Errors: those of ``lay_out``; ``MemoryBudgetError`` for more memory than the GPU has.
+    """
+    usable = machines.gpu.usable_bytes
+    if memory_bytes is not None and memory_bytes > usable:
+        raise MemoryBudgetError(
+            f"{memory_bytes / GIB:.2f} GiB were asked, a {machines.gpu.name} has {usable / GIB:.2f}: give "
+            "a smaller --memory",
+            field="memory",
+        )
+    budget = usable - GPU_MARGIN_BYTES if memory_bytes is None else memory_bytes
+    limits = StepLimits(
+        **{name: GPU_DEFAULTS[name] for name in ("max_rows", "step_tokens", "logit_rows", "block_tokens")}
+    )
+    return lay_out(subject.spec, machines, budget, limits, CUDA_OVERHEADS, asked, subject.checkpoint_bytes)
+
+
+def choose_layout(
+    config: ServeConfig,
+    tp: int | None,
+    pp: int | None,
+    *,
+    is_auto: bool,
+    prefer: Prefer | None,
+) -> tuple[ServeConfig, str | None]:
+    """Return the instance with its degrees, and why it has them where they were chosen here.
+
+    They are chosen where nobody gave one and ranks run on GPUs, or where ``is_auto`` says so; then a degree
+    that is given stays. One rank for each device of the list.
+    Errors: ``InvalidRequestError`` for a choice that cannot be; ``MemoryBudgetError`` where nothing fits;
+    those of ``subject`` and ``lay_out``.
+    """
+    on_gpus = device_kind(config.devices) == "cuda"
+    if is_auto and not on_gpus:
+        raise InvalidRequestError(
+            "--layout auto is for GPUs: give --devices cuda:0,cuda:1 and so on, or --tp and --pp",
+            field="layout",
+        )
+    if not is_auto and (not on_gpus or tp is not None or pp is not None):
+        if prefer is not None:
+            raise InvalidRequestError(
+                "--prefer says which layout to choose, and none is to be chosen: give --layout auto with "
+                "GPUs, or leave it out",
+                field="prefer",
+            )
+        return config, None
+    ranks = len(config.devices)
+    if ranks == 1:
+        return config, None
+    found = subject(config.model_name, config.model, config.dtype, config.kv_dtype)
+    budget = min(rank_budgets(config.devices, ranks, config.memory_bytes, config.environment))
+    gpu, called = _gpu_here(config)
+    asked = Asked(
+        context=config.context,
+        concurrency=min(Asked().concurrency, config.max_rows),
+        prefer=prefer or Asked().prefer,
+        tp=tp,
+        pp=pp,
+    )
+    matrix = lay_out(
+        found.spec,
+        Machines(gpu, 1, ranks, NETWORKS["infiniband"]),
+        budget,
+        config.limits,
+        CUDA_OVERHEADS,
+        asked,
+        found.checkpoint_bytes,
+    )
+    if matrix.best is None:
+        raise MemoryBudgetError(matrix.why, field="memory")
+    best = matrix.layouts[matrix.best]
+    return msgspec.structs.replace(config, tp=best.tp, pp=best.pp), (
+        f"layout on {ranks} of {called}: {matrix.why}"
+    )
+
+
+def _gpu_here(config: ServeConfig) -> tuple[Gpu, str]:
+    """Return the figures of the first device, and what to call it."""
+    name, total_bytes = device_name(config.devices[0], config.environment)
+    gpu = gpu_of_driver(name, total_bytes)
+    if gpu is not None:
+        return gpu, name
+    # Layouts are compared with each other, for which any card's proportions do.
+    stand_in = min(GPUS.values(), key=lambda known: known.read_bytes_s)
+    return stand_in, f"{name} (speeds reckoned as an {stand_in.name}'s)"
