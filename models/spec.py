@@ -19,7 +19,9 @@ class KVGroup(msgspec.Struct, frozen=True):
     dtype: str
     """What elements are stored in. ``float8``: e4m3, and a scale's byte for the key and for the value of
     each token and head (``kv.tensors``)."""
-    kind: Literal["full", "sliding"] = "full"
+    kind: Literal["full", "sliding", "latent"] = "full"
+    """``latent``: full, and one head's keys are what the keys and values of all heads are computed from; it
+    has no values of its own (``value_dim`` 0)."""
     window: int = 0
     """Tokens that a query sees back, for ``sliding``."""
 

@@ -53,6 +53,56 @@ class Experts(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class LatentHeads:
+    """What this rank's heads make of cached latents: head h has keys [Kₕ c, r] and values Vₕ c."""
+
+    up: torch.Tensor
+    """[heads * (nope_dim + value_dim), latent]: of each head Kₕ, then Vₕ."""
+    nope_dim: int
+    value_dim: int
+    scale: float
+    """What scores are multiplied with."""
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """The view K, [heads, nope_dim, latent]."""
+        return self._by_head[:, : self.nope_dim]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The view V, [heads, value_dim, latent]."""
+        return self._by_head[:, self.nope_dim :]
+
+    @property
+    def _by_head(self) -> torch.Tensor:
+        return self.up.view(-1, self.nope_dim + self.value_dim, self.up.shape[1])
+
+
+class LatentAttention(Protocol):
+    """Attention of one layer over cached latents; made once, by ``Backend.latent_attention``.
+
+    A token's line in the cache is its latent c and its rotated key part r: the keys of one KV head, with no
+    values beside them (``KVGroup.kind`` latent).
+    """
+
+    def rope_and_store(
+        self, queries: torch.Tensor, lines: torch.Tensor, rotation: torch.Tensor, plan: AttentionPlan
+    ) -> None:
+        """Rotate the last features of ``queries`` and ``lines`` in place and write lines to the cache.
+
+        Queries are [tokens, heads, nope_dim + rope], lines [tokens, latent + rope], ``rotation``
+        [tokens, 3, rope / 2]: cos, -sin, sin. Pairs that rotate are neighbours, (0, 1), (2, 3), …, as
+        DeepSeek's checkpoints have them: nothing is permuted, neither at load nor here.
+        """
+
+    def attend(self, queries: torch.Tensor, lines: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """Return causal attention of each row over its context: [tokens, heads * value_dim].
+
+        Queries and lines: those of ``rope_and_store`` of the same tokens.
+        """
+
+
 class Backend(Protocol):
     """Kernels of one device kind. ``x`` is [tokens, features] everywhere."""
 
@@ -106,4 +156,10 @@ class Backend(Protocol):
         """Return causal attention of each row over its context: [tokens, heads * value_dim].
 
         Scores are scaled by 1 / sqrt(key_dim). ``rotated``: from ``rope_and_store`` of the same tokens.
+        """
+
+    def latent_attention(self, heads: LatentHeads, cache: LayerCache) -> LatentAttention:
+        """Return attention over a layer's latents. ``heads.up`` may not be read before the first step.
+
+        Errors: ``UnsupportedModelError`` where this backend has none; a step never fails so.
         """

@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from kv.tensors import LayerCache
 from models.moe import Routing
-from worker.backends.base import ExpertWeights
+from worker.backends.base import ExpertWeights, LatentHeads
 from worker.backends.cpu_attention import PagedAttentionPlan, attend, plan_attention, store
+from worker.backends.cpu_latent import CpuLatentAttention
 from worker.backends.cpu_moe import CpuExperts
 from worker.comm import Communicator
 from worker.context import AttentionPlan, RowSpan
@@ -123,6 +124,10 @@ class CpuBackend:
         """See ``Backend.attend``."""
         assert isinstance(plan, PagedAttentionPlan)
         return attend(rotated, cache, plan, self._scratch)
+
+    def latent_attention(self, heads: LatentHeads, cache: LayerCache) -> CpuLatentAttention:
+        """See ``Backend.latent_attention``."""
+        return CpuLatentAttention(heads, cache, self.linear, self._scratch)
 
 
 def _onednn_rows() -> range:

@@ -8,6 +8,7 @@ from models.spec import ModelSpec
 from protocol.errors import UnsupportedModelError
 from worker.context import StepContext
 from worker.layers.parts import Parts
+from worker.models.deepseek import deepseek
 from worker.models.llama import llama
 
 
@@ -27,7 +28,7 @@ class StageModel(Protocol):
         """Return float32 [rows, local vocabulary] of [rows, hidden]. Last stage only."""
 
 
-_ARCHITECTURES = {"llama": llama}
+_ARCHITECTURES = {"deepseek": deepseek, "llama": llama}
 
 
 def build(
@@ -45,8 +46,8 @@ def build(
             field="architectures",
         )
     for group in model.kv_groups:
-        if group.kind != "full":
+        if group.kind == "sliding":
             raise UnsupportedModelError(
-                f"KV group {group.name!r} is {group.kind}: only full attention is served"
+                f"KV group {group.name!r} is {group.kind}: only full and latent attention are served"
             )
     return architecture(parts, model, layers, context, is_first=is_first, is_last=is_last)

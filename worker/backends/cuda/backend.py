@@ -8,7 +8,7 @@ import torch
 from kv.tensors import LayerCache
 from models.moe import Routing
 from protocol.errors import UnsupportedModelError
-from worker.backends.base import Experts, ExpertWeights
+from worker.backends.base import Experts, ExpertWeights, LatentAttention, LatentHeads
 from worker.backends.cuda.comm import CudaCommunicator
 from worker.backends.cuda.elementwise import Elementwise
 from worker.backends.cuda.launch import Kernels
@@ -115,3 +115,11 @@ class CudaBackend:
             width = rotated.shape[1] // cache.key_dim * cache.value_dim
             return plan.attention.attend(rotated, cache, width)
         return self._attention.run(rotated, cache, plan.attention)
+
+    def latent_attention(self, heads: LatentHeads, cache: LayerCache) -> LatentAttention:
+        """See ``Backend.latent_attention``."""
+        raise UnsupportedModelError(
+            f"attention over latents of {heads.up.shape[1]} features was asked for on a GPU, whose kernels "
+            f"attend to keys and values of heads (lines are {cache.key_dim} wide): serve this model with "
+            "--device cpu"
+        )

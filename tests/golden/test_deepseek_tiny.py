@@ -1,0 +1,192 @@
+"""Tiny random models of the DeepSeek-V3 family over layouts, held against transformers on the same files.
+
+Heads' dims make both forms of latent attention run: rows of up to 5 tokens are absorbed, chunks of 7 and 64
+expanded. Expert scores come in groups with a correction bias; 50 inner features of an expert divide by
+nothing but 2.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
+from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25Config
+from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25ForConditionalGeneration
+
+from protocol.sampling import SamplingParams
+from protocol.topology import Topology
+from tests.golden.harness import Driver, Job, run_ranks_as_threads
+
+LAYOUTS = [(1, 1), (4, 1), (2, 2)]
+LONG_LAYOUTS = [(2, 1), (1, 2), (4, 2), (1, 3), (2, 3)]
+PROMPT_LENGTHS = (1, 3, 7, 18, 45)
+NEW_TOKENS = 8
+TOLERANCE = 1e-4
+
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "deepseek": {"n_group": 4, "topk_group": 2, "rope_parameters": YARN},
+    "kimi": {"n_group": 1, "topk_group": 1, "rope_parameters": YARN, "rms_norm_eps": 1e-3},
+    "dense": {"first_k_dense_replace": 3},
+    "two shared": {"n_shared_experts": 2, "norm_topk_prob": False, "n_group": 2, "topk_group": 1},
+    "queries at once": {"q_lora_rank": None, "v_head_dim": 16},
+}
+
+Answer = tuple[list[int], torch.Tensor]
+"""Known tokens, prompt and greedy ones, and the log-probabilities after each, [tokens, vocabulary]."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("deepseek")
+
+
+def text_config(changes: dict[str, Any]) -> DeepseekV3Config:
+    sizes: dict[str, Any] = {
+        "vocab_size": 257,
+        "hidden_size": 64,
+        "intermediate_size": 90,
+        "moe_intermediate_size": 50,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 16,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 3,
+        "kv_lora_rank": 32,
+        "q_lora_rank": 24,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 4,
+        "first_k_dense_replace": 1,
+        "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "initializer_range": 0.15,
+        "attn_implementation": "eager",
+        "experts_implementation": "eager",
+    }
+    return DeepseekV3Config(**(sizes | changes))
+
+
+@lru_cache
+def tiny(root: Path, variant: str) -> tuple[Path, list[Answer]]:
+    """Return a model directory and greedy answers."""
+    directory = root / variant.replace(" ", "-")
+    torch.manual_seed(len(variant))
+    config = text_config(CHANGES[variant])
+    model: PreTrainedModel
+    if variant == "kimi":
+        vision = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "patch_size": 2}
+        vision |= {"intermediate_size": 20, "pos_emb_height": 4, "pos_emb_width": 4}
+        model = Kimi_K25ForConditionalGeneration(
+            Kimi_K25Config(
+                text_config=config.to_dict(),
+                vision_config=vision,
+                projection_hidden_size=16,
+                tie_word_embeddings=False,
+                attn_implementation="eager",
+                experts_implementation="eager",
+            )
+        )
+    else:
+        model = DeepseekV3ForCausalLM(config)
+    model.eval()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "norm" in name or "correction_bias" in name:
+            tensor.data.add_(torch.randn(tensor.shape), alpha=0.2)
+        elif "experts." in name or "mlp.gate." in name:
+            torch.nn.init.normal_(tensor.data, std=0.15)
+    model.save_pretrained(directory)
+    if variant == "kimi":
+        as_published(directory)
+    generator = torch.Generator().manual_seed(7)
+    answers = []
+    with torch.inference_mode():
+        for length in PROMPT_LENGTHS:
+            known = torch.randint(257, (length,), generator=generator).tolist()
+            for _ in range(NEW_TOKENS):
+                scores = model(input_ids=torch.tensor([known])).logits[0].log_softmax(-1)
+                known.append(int(scores[-1].argmax()))
+            answers.append((known, scores))
+    return directory, answers
+
+
+def as_published(directory: Path) -> None:
+    """Give Kimi's directory the published checkpoint's names."""
+    path = directory / "model.safetensors"
+    tensors = {
+        name.replace("model.blocks.", "model.layers.").removeprefix("model."): tensor
+        for name, tensor in load_file(path).items()
+    }
+    assert "language_model.model.layers.2.mlp.gate.weight" in tensors
+    assert "mm_projector.pre_norm.weight" in tensors
+    save_file(tensors, path)
+    config = json.loads((directory / "config.json").read_text())
+    config["architectures"] = ["KimiK25ForConditionalGeneration"]
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def check_layout(root: Path, variant: str, tp: int, pp: int, kv_groups: int = 1) -> None:
+    """Hold the likeliest tokens of every position, and every greedy token, against the reference."""
+    directory, answers = tiny(root, variant)
+    sampling = SamplingParams(temperature=0.0, seed=0, logprobs=8, prompt_logprobs=8)
+    with run_ranks_as_threads(directory, Topology(tp, pp), kv_groups=kv_groups) as instance:
+        for chunk, depth in ((64, 1), (7, pp + 1)):
+            jobs = [
+                Job(known[:-NEW_TOKENS], NEW_TOKENS, sampling, start_step=i % 3)
+                for i, (known, _) in enumerate(answers)
+            ]
+            Driver(instance, chunk=chunk, depth=depth).run(jobs)
+            for job, (known, scores) in zip(jobs, answers, strict=True):
+                assert job.prompt_ids + job.output_ids == known
+                found = [job.prompt_scores[p] for p in range(1, len(job.prompt_ids))] + job.logprobs
+                for own, token, expected in zip(found, known[1:], scores, strict=True):
+                    ids = [token, *own.top_ids]
+                    assert [own.logprob, *own.top_logprobs] == pytest.approx(
+                        expected[ids].tolist(), rel=TOLERANCE, abs=TOLERANCE
+                    )
+
+
+@pytest.mark.parametrize("variant", ["deepseek", "kimi"])
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_layout_matches_transformers(root: Path, variant: str, tp: int, pp: int) -> None:
+    check_layout(root, variant, tp, pp)
+
+
+@pytest.mark.parametrize("variant", ["dense", "two shared", "queries at once"])
+def test_variant_matches_transformers(root: Path, variant: str) -> None:
+    check_layout(root, variant, 2, 1)
+
+
+def test_latents_go_by_the_tables_of_their_groups(root: Path) -> None:
+    check_layout(root, "deepseek", 1, 2, kv_groups=2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("variant", CHANGES)
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS + LONG_LAYOUTS)
+def test_every_layout_matches_transformers(root: Path, variant: str, tp: int, pp: int) -> None:
+    check_layout(root, variant, tp, pp)
