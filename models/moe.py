@@ -71,9 +71,10 @@ def expert_chunks(routing: Routing, hidden: int, intermediate: int) -> TokenChun
     """Return what a layer's routed experts hold for a chunk of tokens.
 
     For each of a token's choices: its input, gathered by expert, and its output, both whole; gate|up
-    and their product, which the group divides. ``intermediate`` is one expert's, whole.
+    and their product, which the group divides. Beside them the choices' sum, which may be in float32.
+    ``intermediate`` is one expert's, whole.
     """
-    return TokenChunks(CHUNK_TOKENS, routing.top_k * 2 * hidden, routing.top_k * 3 * intermediate)
+    return TokenChunks(CHUNK_TOKENS, (routing.top_k + 1) * 2 * hidden, routing.top_k * 3 * intermediate)
 
 
 def expert_parameters(

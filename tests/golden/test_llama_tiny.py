@@ -18,12 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from tests.golden.harness import Driver, Job, run_ranks_as_threads
+from tests.golden.tiny import NEW_TOKENS, TOLERANCE, Reference, answers_of, check, jobs_of, run_layout
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 3), (2, 2), (2, 3)]
 LONG_LAYOUTS = [(4, 2), (4, 3), (8, 2), (8, 3)]
-PROMPT_LENGTHS = (1, 3, 7, 8, 18, 45)
-NEW_TOKENS = 10
-TOLERANCE = 1e-4
 BFLOAT16_BOUND = 0.1
 """Log-probability, against the float32 reference, from which transformers in bfloat16 is 0.05 away."""
 
@@ -39,8 +37,6 @@ ROPES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 32,
     },
 }
-
-Reference = list[tuple[list[int], list[int], list[float]]]
 
 
 @pytest.fixture(autouse=True)
@@ -78,42 +74,7 @@ def tiny(root: Path, kv_heads: int, rope: str = "default", *, tied: bool = False
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(directory)
-    generator = torch.Generator().manual_seed(7)
-    answers = []
-    with torch.inference_mode():
-        for length in PROMPT_LENGTHS:
-            prompt = torch.randint(257, (length,), generator=generator).tolist()
-            answers.append((prompt, *_greedy(model, prompt)))
-    return directory, answers
-
-
-def _greedy(model: LlamaForCausalLM, prompt: list[int]) -> tuple[list[int], list[float]]:
-    known, logprobs = list(prompt), []
-    for _ in range(NEW_TOKENS):
-        scores = model(torch.tensor([known])).logits[0, -1].log_softmax(-1)
-        known.append(int(scores.argmax()))
-        logprobs.append(float(scores.max()))
-    return known[len(prompt) :], logprobs
-
-
-def jobs_of(reference: Reference) -> list[Job]:
-    return [Job(prompt, NEW_TOKENS, start_step=i % 3) for i, (prompt, _, _) in enumerate(reference)]
-
-
-def check(jobs: list[Job], reference: Reference) -> None:
-    for job, (prompt, token_ids, logprobs) in zip(jobs, reference, strict=True):
-        assert job.prompt_ids == prompt
-        assert job.output_ids == token_ids
-        assert [one.logprob for one in job.logprobs] == pytest.approx(logprobs, abs=TOLERANCE)
-        assert [one.token_id for one in job.logprobs] == token_ids
-
-
-def run_layout(directory: Path, reference: Reference, tp: int, pp: int) -> None:
-    with run_ranks_as_threads(directory, Topology(tp, pp)) as instance:
-        for chunk, depth in ((64, 1), (7, pp + 1)):
-            jobs = jobs_of(reference)
-            Driver(instance, chunk=chunk, depth=depth).run(jobs)
-            check(jobs, reference)
+    return directory, answers_of(model)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

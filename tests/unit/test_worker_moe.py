@@ -133,6 +133,6 @@ def test_a_routing_that_nobody_could_follow(fields: dict[str, Any], field: str) 
 
 def test_what_a_chunk_holds_stops_growing_with_the_step() -> None:
     chunks = expert_chunks(Routing(experts=8, top_k=2), hidden=10, intermediate=7)
-    assert chunks.elements(1, 1) == 2 * (2 * 10 + 3 * 7)
-    assert chunks.elements(100, 2) == 100 * (2 * 2 * 10 + 3 * 7)
-    assert chunks.elements(8192, 4) == chunks.elements(CHUNK_TOKENS, 4) == CHUNK_TOKENS * (40 + 11)
+    assert chunks.elements(1, 1) == 3 * 2 * 10 + 2 * 3 * 7
+    assert chunks.elements(100, 2) == 100 * (60 + 21)
+    assert chunks.elements(8192, 4) == chunks.elements(CHUNK_TOKENS, 4) == CHUNK_TOKENS * (60 + 11)

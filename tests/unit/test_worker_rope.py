@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from kv.tensors import LayerCache
-from models.llama import RopeScaling
+from models.rope import RopeScaling
 from worker.backends.cpu import CpuBackend
 from worker.context import BlockTable, RowSpan
 from worker.layers.rope import Rope

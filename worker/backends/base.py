@@ -119,6 +119,12 @@ class Backend(Protocol):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / sqrt(mean(x²) + eps) · weight."""
 
+    def norm_heads(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        """Replace each head of x by its RMS norm; weight is [head_dim].
+
+        ``x`` [tokens, heads * head_dim] may be some columns of a wider matrix.
+        """
+
     def reduce_add(self, residual: torch.Tensor, update: torch.Tensor, comm: Communicator) -> None:
         """Sum ``update`` over the tp group and add it to ``residual``, both in place."""
 

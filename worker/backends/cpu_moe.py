@@ -67,4 +67,4 @@ class CpuExperts:
             x = (x * weights).to(x.dtype)
         inner = self._swiglu_linear(x, self._weights.gate_up[expert])
         out = self._linear(inner, self._weights.down[expert]).float()
-        return out if self._routing.weighs == "input" else out * weights
+        return out if self._routing.weighs == "input" else out.mul_(weights)

@@ -39,7 +39,11 @@ class MoE:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's part [tokens, hidden]; a chunk of tokens at a time goes to the experts."""
-        pieces = torch.split(x, CHUNK_TOKENS)
-        chunks = [self._experts.run(piece, self._experts.route(piece)) for piece in pieces]
-        routed = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-        return routed if self._shared is None else routed.add_(self._shared(x))
+        if x.shape[0] <= CHUNK_TOKENS:
+            found = self._experts.run(x, self._experts.route(x))
+        else:
+            found = torch.empty_like(x)
+            for first in range(0, x.shape[0], CHUNK_TOKENS):
+                some = x[first : first + CHUNK_TOKENS]
+                found[first : first + CHUNK_TOKENS] = self._experts.run(some, self._experts.route(some))
+        return found if self._shared is None else found.add_(self._shared(x))

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from models.llama import RopeScaling
+from models.rope import RopeScaling
 from models.yarn import Yarn
 
 

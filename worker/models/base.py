@@ -10,6 +10,8 @@ from worker.context import StepContext
 from worker.layers.parts import Parts
 from worker.models.deepseek import deepseek
 from worker.models.llama import llama
+from worker.models.qwen3 import qwen3
+from worker.models.qwen3_moe import qwen3_moe
 
 
 class StageModel(Protocol):
@@ -28,7 +30,7 @@ class StageModel(Protocol):
         """Return float32 [rows, local vocabulary] of [rows, hidden]. Last stage only."""
 
 
-_ARCHITECTURES = {"deepseek": deepseek, "llama": llama}
+_ARCHITECTURES = {"deepseek": deepseek, "llama": llama, "qwen3": qwen3, "qwen3_moe": qwen3_moe}
 
 
 def build(

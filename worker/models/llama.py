@@ -2,7 +2,7 @@
 
 import torch
 
-from models.llama import LlamaConfig
+from models.decoder import DecoderConfig
 from models.spec import ModelSpec
 from worker.layers.attention import Attention
 from worker.layers.mlp import SwiGLU
@@ -16,7 +16,7 @@ def llama(
 ) -> Decoder:
     """Return a stage of Llama."""
     config = model.config
-    assert isinstance(config, LlamaConfig)
+    assert isinstance(config, DecoderConfig)
 
     def layer(index: int) -> DecoderLayer:
         prefix = f"layers.{index}."

@@ -68,6 +68,11 @@ class CudaBackend:
         """See ``Backend.rms_norm``."""
         return self._elementwise.rms_norm(x, weight, eps)
 
+    def norm_heads(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        """See ``Backend.norm_heads``."""
+        heads = x.reshape(-1, weight.shape[0])
+        x.copy_(self._elementwise.rms_norm(heads, weight, eps).view(x.shape))
+
     def reduce_add(self, residual: torch.Tensor, update: torch.Tensor, comm: Communicator) -> None:
         """See ``Backend.reduce_add``."""
         if comm.topology.tp > 1:

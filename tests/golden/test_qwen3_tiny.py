@@ -1,0 +1,155 @@
+"""Tiny random Qwen3 and Qwen3-MoE over layouts, held against transformers on the same files.
+
+Odd sizes make every rule of the cuts work: 90 and 22 inner features and 257 vocabulary rows do not
+divide by 4 or 8. Norm weights are random, or a missing norm could not be told from one of ones.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import (
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from protocol.sampling import SamplingParams
+from protocol.topology import Topology
+from tests.golden.harness import Driver, Job, run_ranks_as_threads
+from tests.golden.tiny import TOLERANCE, Reference, answers_of, run_layout
+
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
+LONG_LAYOUTS = [(8, 1), (1, 3), (8, 2), (2, 3), (4, 3)]
+
+SHARED: dict[str, Any] = {
+    "vocab_size": 257,
+    "hidden_size": 64,
+    "intermediate_size": 90,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "head_dim": 12,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "initializer_range": 0.15,
+    "attn_implementation": "eager",
+}
+MOES: dict[str, dict[str, Any]] = {
+    "all sparse": {"num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": True},
+    "some sparse": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [1],
+    },
+    "one choice": {"num_experts": 5, "num_experts_per_tok": 1, "norm_topk_prob": False},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def saved(model: PreTrainedModel, directory: Path) -> Reference:
+    """Give norms random weights, write the model, and return its answers."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.uniform_(0.5, 1.5)
+    model.save_pretrained(directory)
+    return answers_of(model.eval())
+
+
+@lru_cache
+def dense(root: Path, kv_heads: int, *, tied: bool = False) -> tuple[Path, Reference]:
+    directory = root / f"dense-{kv_heads}-{tied}"
+    torch.manual_seed(kv_heads)
+    config = Qwen3Config(**SHARED, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+    return directory, saved(Qwen3ForCausalLM(config), directory)
+
+
+@lru_cache
+def moe(root: Path, kv_heads: int, kind: str) -> tuple[Path, Reference]:
+    directory = root / f"moe-{kv_heads}-{kind}"
+    torch.manual_seed(kv_heads)
+    config = Qwen3MoeConfig(
+        **SHARED,
+        **MOES[kind],
+        num_key_value_heads=kv_heads,
+        moe_intermediate_size=22,
+        experts_implementation="eager",
+    )
+    return directory, saved(Qwen3MoeForCausalLM(config), directory)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_dense_layouts_match_transformers(root: Path, kv_heads: int, tp: int, pp: int) -> None:
+    run_layout(*dense(root, kv_heads), tp, pp)
+
+
+@pytest.mark.parametrize(("kv_heads", "kind"), [(4, "all sparse"), (2, "some sparse"), (1, "one choice")])
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_mixtures_match_transformers(root: Path, kv_heads: int, kind: str, tp: int, pp: int) -> None:
+    run_layout(*moe(root, kv_heads, kind), tp, pp)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kv_heads", [8, 4, 2, 1])
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS + LONG_LAYOUTS)
+@pytest.mark.parametrize("kind", ["dense", "tied", *MOES])
+def test_every_layout_matches_transformers(root: Path, kv_heads: int, tp: int, pp: int, kind: str) -> None:
+    if kind in MOES:
+        run_layout(*moe(root, kv_heads, kind), tp, pp)
+    else:
+        run_layout(*dense(root, kv_heads, tied=kind == "tied"), tp, pp)
+
+
+def test_tied_embeddings_match_transformers(root: Path) -> None:
+    run_layout(*dense(root, 2, tied=True), 2, 2)
+
+
+def test_the_files_have_the_published_names(root: Path) -> None:
+    with safe_open(moe(root, 2, "some sparse")[0] / "model.safetensors", "pt") as opened:
+        names = set(opened.keys())
+    assert "model.layers.3.mlp.experts.5.down_proj.weight" in names
+    assert "model.layers.3.mlp.gate.weight" in names
+    assert "model.layers.1.mlp.gate_proj.weight" in names
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_step_of_more_than_one_chunk_scores_every_position_alike(
+    root: Path, tp: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, reference = moe(root, 4, "all sparse")
+    model = Qwen3MoeForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", experts_implementation="eager"
+    )
+    monkeypatch.setattr("worker.layers.moe.CHUNK_TOKENS", 16)
+    sampling = SamplingParams(temperature=0.0, seed=0, logprobs=0, prompt_logprobs=0)
+    jobs = [Job(prompt, 1, sampling) for prompt, _, _ in reference]
+    with run_ranks_as_threads(directory, Topology(tp)) as instance:
+        Driver(instance, chunk=64).run(jobs)
+    for job in jobs:
+        with torch.inference_mode():
+            scores = model(torch.tensor([job.prompt_ids])).logits[0].log_softmax(-1)
+        assert sorted(job.prompt_scores) == list(range(1, len(job.prompt_ids)))
+        for position, found in job.prompt_scores.items():
+            expected = float(scores[position - 1, job.prompt_ids[position]])
+            assert found.logprob == pytest.approx(expected, abs=TOLERANCE)
