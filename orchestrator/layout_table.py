@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-PLAIN_COLUMNS: Final = 120
+PLAIN_COLUMNS: Final = 200
 """Width where there is no terminal."""
 _BAR: Final = 24
 _BAR_FROM_COLUMNS: Final = 124
@@ -49,7 +49,7 @@ def _table(matrix: Matrix, console: "Console") -> "Table":
     from rich.text import Text
 
     many = max(layout.decode_many.rows for layout in matrix.layouts)
-    has_bar = console.width >= _BAR_FROM_COLUMNS
+    has_bar = console.is_terminal and console.width >= _BAR_FROM_COLUMNS
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     for name in (
