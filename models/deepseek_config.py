@@ -93,6 +93,7 @@ class Json(msgspec.Struct):
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
+    quantization_config: dict[str, Any] | None = None
     eos_token_id: int | list[int] | None = None
 
 
@@ -110,6 +111,13 @@ def config_of(text: Any, place: str) -> tuple[DeepseekConfig, Json]:
 
 
 def _refuse_unserved(json: Json) -> None:
+    if json.quantization_config is not None:
+        method = json.quantization_config.get("quant_method")
+        raise UnsupportedModelError(
+            f"weights packed by {method!r} are not served for the DeepSeek-V3 family: float32 and "
+            "bfloat16 are",
+            field="quantization_config",
+        )
     expected: dict[str, object] = {
         "hidden_act": "silu",
         "attention_bias": False,

@@ -191,6 +191,7 @@ BAD: list[tuple[dict[str, Any], type[TandemError], str]] = [
     ({"tie_word_embeddings": True}, UnsupportedModelError, "tie_word_embeddings"),
     ({"scoring_func": "softmax"}, UnsupportedModelError, "scoring_func"),
     ({"topk_method": "greedy"}, UnsupportedModelError, "topk_method"),
+    ({"quantization_config": {"quant_method": "fp8"}}, UnsupportedModelError, "quantization_config"),
     ({"rope_theta": 1}, ModelFormatError, "rope_theta"),
     ({"rope_scaling": {"type": "spiral"}}, UnsupportedModelError, "rope_scaling"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, ModelFormatError, "rope_scaling"),

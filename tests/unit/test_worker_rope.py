@@ -9,13 +9,22 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from kv.tensors import LayerCache
 from models.rope import RopeScaling
+from models.yarn import Yarn, yarn_of
 from worker.backends.cpu import CpuBackend
 from worker.context import BlockTable, RowSpan
 from worker.layers.rope import Rope
 
 CONTEXT = 600
 
-VARIANTS: list[tuple[dict[str, Any], RopeScaling | None]] = [
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+}
+VARIANTS: list[tuple[dict[str, Any], RopeScaling | Yarn | None]] = [
     ({"rope_type": "default", "rope_theta": 10000.0}, None),
     ({"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}, RopeScaling("linear", 2.5)),
     (
@@ -29,13 +38,16 @@ VARIANTS: list[tuple[dict[str, Any], RopeScaling | None]] = [
         },
         RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
     ),
+    (YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, Yarn(8.0, 32, 16.0, 2.0, 1.0, 0.7)),
+    (YARN | {"beta_fast": 3.0, "beta_slow": 2.9, "factor": 1.0}, Yarn(1.0, 32, 3.0, 2.9)),
+    (YARN, Yarn(8.0, 32, 16.0, 2.0)),
 ]
 
 
 @pytest.mark.parametrize(("parameters", "scaling"), VARIANTS)
 @pytest.mark.parametrize("dim", [2, 12, 64])
 def test_tables_match_transformers(
-    parameters: dict[str, Any], scaling: RopeScaling | None, dim: int
+    parameters: dict[str, Any], scaling: RopeScaling | Yarn | None, dim: int
 ) -> None:
     config = LlamaConfig(
         hidden_size=4 * dim,
@@ -44,6 +56,8 @@ def test_tables_match_transformers(
         max_position_embeddings=CONTEXT,
         rope_parameters=dict(parameters),
     )
+    if isinstance(scaling, Yarn):
+        assert yarn_of(parameters) == scaling
     positions = torch.tensor([0, 1, 2, 63, 64, 599])
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
     rope = Rope(parameters["rope_theta"], dim, scaling, CONTEXT, torch.float32)

@@ -13,7 +13,7 @@ import torch
 from kv.tensors import KVLayout, KVTensors, LayerCache
 from worker.assemble import RankLimits
 from worker.backends.cuda.attention import CudaAttention
-from worker.backends.cuda.backend import CudaBackend
+from worker.backends.cuda.backend import CudaBackend, latents_refused
 from worker.backends.cuda.comm import CudaCommunicator
 from worker.backends.cuda.cublaslt import WORKSPACE_BYTES, CublasLt
 from worker.backends.cuda.device import Device
@@ -56,6 +56,9 @@ class Assembled:
 
     def __init__(self, work: BootWork, device: Device, comm: CudaCommunicator) -> None:
         boot, spec, topology = work.boot, work.spec, comm.topology
+        for group in spec.kv_groups:
+            if group.kind == "latent":
+                raise latents_refused(group.key_dim)
         self._device, self._comm, self._limits = device, comm, RankLimits.of(boot)
         layers = work.stages[topology.stage(boot.rank)]
         takes_turns = topology.world_size > 1 and not device.is_alone

@@ -25,6 +25,14 @@ class PlannedAttention(Protocol):
         """Return [tokens, heads * value_dim] of rotated queries [tokens, heads * key_dim]."""
 
 
+def latents_refused(line_dim: int) -> UnsupportedModelError:
+    """Return the refusal of a model whose KV is latents, ``line_dim`` elements a token."""
+    return UnsupportedModelError(
+        f"attention over latents of {line_dim} elements was asked for on a GPU, whose kernels attend to "
+        "keys and values of heads: serve this model with --device cpu"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class CudaStepPlan(AttentionPlan):
     """One step in one KV group."""
@@ -121,10 +129,10 @@ class CudaBackend:
             return plan.attention.attend(rotated, cache, width)
         return self._attention.run(rotated, cache, plan.attention)
 
-    def latent_attention(self, heads: LatentHeads, cache: LayerCache) -> LatentAttention:
+    def latent_attention(
+        self,
+        heads: LatentHeads,  # noqa: ARG002
+        cache: LayerCache,
+    ) -> LatentAttention:
         """See ``Backend.latent_attention``."""
-        raise UnsupportedModelError(
-            f"attention over latents of {heads.up.shape[1]} features was asked for on a GPU, whose kernels "
-            f"attend to keys and values of heads (lines are {cache.key_dim} wide): serve this model with "
-            "--device cpu"
-        )
+        raise latents_refused(cache.key_dim)
