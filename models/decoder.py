@@ -154,11 +154,13 @@ def decoder_spec(
     num_dense: int,
     other_flops: int = 0,
     chunks: TokenChunks | None = None,
+    experts_per_token: int = 0,
 ) -> ModelSpec:
     """Return the model whose layer ``i`` has ``layer_parameters(i)``, between the two ends.
 
     ``num_dense``: layers whose feed-forward block is dense. ``other_flops``: 2 × the multiply-adds of all
-    other layers' blocks, for one token; ``chunks``: what these hold.
+    other layers' blocks, for one token; ``chunks`` and ``experts_per_token``: see
+    ``ModelSpec``.
     """
     h, q, kv = config.hidden_size, config.query_size, config.kv_size
     dense = 3 * config.intermediate_size if num_dense else 0
@@ -195,6 +197,7 @@ def decoder_spec(
         flops_per_token=2 * h * (config.num_layers * 2 * (q + kv) + num_dense * dense + config.vocab_size)
         + other_flops,
         chunks=chunks,
+        experts_per_token=experts_per_token,
     )
 
 

@@ -72,7 +72,6 @@ def spec(raw: dict[str, Any], dtype: str) -> ModelSpec:
         chunks=None
         if config.routing is None
         else expert_chunks(config.routing, config.hidden_size, config.expert_size),
-        experts=config.routing.experts if config.routing else 0,
         experts_per_token=config.routing.top_k if config.routing else 0,
     )
 

@@ -73,6 +73,7 @@ def spec(raw: dict[str, Any], dtype: str) -> ModelSpec:
         num_dense=config.num_layers - num_sparse,
         other_flops=2 * num_sparse * h * (routing.experts + 3 * routing.top_k * size),
         chunks=expert_chunks(routing, h, size) if num_sparse else None,
+        experts_per_token=routing.top_k if num_sparse else 0,
     )
 
 

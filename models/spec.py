@@ -84,10 +84,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
     """2 × the multiply-adds of all matrix products but attention's, for one token."""
     chunks: TokenChunks | None = None
     """What is alive at another moment than ``activation_cut``, beside ``activation_whole``."""
-    experts: int = 0
-    """Routed experts of a layer, over which its parameters ``experts_…`` are stacked; 0: none."""
     experts_per_token: int = 0
-    """That a token chooses of them: what a step reads of ``experts_…`` is reckoned with it."""
+    """That a token chooses in a layer, of those that a parameter is a stack of."""
 
     def layer_parameters(self, layer: int) -> tuple[ParameterSpec, ...]:
         """Return the parameters of one decoder layer."""

@@ -156,14 +156,16 @@ class _Stage:
         group = topology.tp_group(stage)
         self._layers = ranks[group.start].layers
         self._model, self._tp = model, topology.tp
-        self._always = self._experts = 0
+        self._always = 0
+        self._stacks: dict[int, int] = {}
         for spec in stage_parameters(model, self._layers):
             if spec.place == "first":
                 continue  # Of the embedding a step reads rows alone.
-            if spec.name.rpartition(".")[2].startswith("experts_"):
-                self._experts += spec.local_bytes(topology.tp)
+            size = spec.local_bytes(topology.tp)
+            if spec.stack:
+                self._stacks[spec.stack] = self._stacks.get(spec.stack, 0) + size
             else:
-                self._always += spec.local_bytes(topology.tp)
+                self._always += size
         self.messages = tuple(_messages(model, topology, stage, len(self._layers), machines))
 
     def weight_bytes(self, tokens: int) -> int:
@@ -171,9 +173,9 @@ class _Stage:
 
         Of routed experts those that are hit, if every token chooses evenly among them.
         """
-        experts, chosen = self._model.experts, self._model.experts_per_token
-        hit = 1.0 if not experts else 1 - (1 - chosen / experts) ** tokens
-        return self._always + round(self._experts * hit)
+        chosen = self._model.experts_per_token
+        hit = (size * (1 - (1 - chosen / experts) ** tokens) for experts, size in self._stacks.items())
+        return self._always + round(sum(hit))
 
     def kv_bytes(self, context: int) -> int:
         """Return what attention reads for one row of ``context`` tokens."""

@@ -148,10 +148,9 @@ def test_a_pipelines_steps_by_hand() -> None:
 
 def test_only_experts_that_are_hit_are_read() -> None:
     dense = tiny()
-    stacked = ParameterSpec("layers.0.experts_down", (Segment("experts", (8, 1000)),), "bfloat16", layer=0)
-    model = msgspec.structs.replace(
-        dense, parameters=(*dense.parameters, stacked), experts=8, experts_per_token=2
-    )
+    experts = tuple(Segment(f"experts.{index}", (1000,)) for index in range(8))
+    stacked = ParameterSpec("layers.0.experts_down", experts, "bfloat16", layer=0, stack=8)
+    model = msgspec.structs.replace(dense, parameters=(*dense.parameters, stacked), experts_per_token=2)
     layout = matrix(1, 3_000_000, Asked(concurrency=2), model).layouts[0]
     always = matrix(1, 3_000_000).layouts[0].decode_one.weight_bytes
     assert layout.decode_one.weight_bytes == always + 16_000 * 2 // 8
