@@ -260,3 +260,22 @@ def test_a_captured_chain_gives_the_bits_of_eager_and_of_one_kernel_at_a_time(ke
         for other in others:
             assert torch.equal(want[0], other[0])
             assert torch.equal(want[1], other[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 300])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 4, 128), (3, 1, 12)])
+def test_norm_heads_leaves_other_columns(
+    kernels, monkeypatch, tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> None:
+    from worker.backends.cuda.backend import CudaBackend
+
+    poison_new_tensors(monkeypatch)
+    backend = CudaBackend(torch.device("cuda"), kernels, None)
+    qkv, weight = randn(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype), randn(dim, dtype=dtype)
+    before, columns = qkv.clone(), slice(heads * dim, (heads + kv_heads) * dim)
+    backend.norm_heads(qkv[:, columns], weight, EPS)
+    expected = norm_of(before[:, columns].reshape(-1, dim), weight)
+    assert_near(qkv[:, columns].reshape(-1, dim), expected, RELATIVE[dtype], 1e-6)
+    assert torch.equal(qkv[:, : columns.start], before[:, : columns.start])
+    assert torch.equal(qkv[:, columns.stop :], before[:, columns.stop :])
