@@ -21,9 +21,11 @@ from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25ForConditiona
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from tests.golden.harness import Driver, Job, run_ranks_as_threads
+from tests.server import served
+from tests.unit.text_models import byte_level
 
 LAYOUTS = [(1, 1), (4, 1), (2, 2)]
-LONG_LAYOUTS = [(2, 1), (1, 2), (4, 2), (1, 3), (2, 3)]
+LONG_LAYOUTS = [(2, 1), (8, 1), (1, 2), (4, 2), (8, 2), (1, 3), (2, 3), (4, 3)]
 PROMPT_LENGTHS = (1, 3, 7, 18, 45)
 NEW_TOKENS = 8
 TOLERANCE = 1e-4
@@ -70,8 +72,8 @@ def text_config(changes: dict[str, Any]) -> DeepseekV3Config:
         "intermediate_size": 90,
         "moe_intermediate_size": 50,
         "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
         "n_routed_experts": 16,
         "n_group": 1,
         "topk_group": 1,
@@ -204,6 +206,28 @@ def test_latents_in_fewer_bits_stay_within_their_bound(
     # In float8 0.20 and 0.05 were found, in bfloat16 0.015 and 0.003.
     assert 0 < max(errors) < bound
     assert sum(errors) / len(errors) < bound / 4
+
+
+def test_processes_answer_as_transformers(root: Path) -> None:
+    directory, answers = tiny(root, "kimi")
+    byte_level().save(str(directory / "tokenizer.json"))
+    with (
+        served(directory, "--tp", "2", "--memory", "2", name="deepseek") as server,
+        server.client() as client,
+    ):
+        for known, scores in answers:
+            result = client.generate(
+                prompt_ids=known[:-NEW_TOKENS],
+                temperature=0.0,
+                max_tokens=NEW_TOKENS,
+                ignore_eos=True,
+                logprobs=0,
+            )
+            assert result.token_ids == known[-NEW_TOKENS:]
+            assert result.logprobs is not None
+            found = [scored.logprob for scored in result.logprobs]
+            expected = scores[-NEW_TOKENS:].max(-1).values.tolist()
+            assert found == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
 
 
 @pytest.mark.long
