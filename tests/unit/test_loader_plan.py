@@ -23,6 +23,7 @@ from loader import reader
 from loader.index import INDEX_NAME, check_against, read_index
 from loader.plan import LoadPlan, plan_load
 from loader.reader import arenas_written, load
+from models import qwen3_moe
 from models.layout import arena
 from models.llama import spec
 from models.parameter import Cut, ParameterSpec, Segment
@@ -152,6 +153,7 @@ layouts = st.fixed_dictionaries(
         "layers": st.integers(1, 5),
         "vocab": st.integers(1, 50),
         "tied": st.booleans(),
+        "experts": st.sampled_from([0, 0, 1, 3]),
         "tp": st.sampled_from([1, 2, 3, 4, 8]),
         "pp": st.integers(1, 4),
         "dtype": st.sampled_from(["float32", "bfloat16"]),
@@ -169,12 +171,19 @@ layouts = st.fixed_dictionaries(
 def check_layout(case: dict[str, Any], directory: Path) -> None:
     torch.set_num_threads(1)
     heads = case["kv_heads"] * case["groups"]
-    model = spec(
-        make_config(
-            heads, case["kv_heads"], case["dim"], case["ffn"], case["layers"], case["vocab"], case["tied"]
-        ),
-        case["dtype"],
+    config = make_config(
+        heads, case["kv_heads"], case["dim"], case["ffn"], case["layers"], case["vocab"], case["tied"]
     )
+    model = spec(config, case["dtype"])
+    if case["experts"]:
+        mixture = {
+            "head_dim": case["dim"],
+            "num_experts": case["experts"],
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": case["ffn"],
+            "mlp_only_layers": [0],
+        }
+        model = qwen3_moe.spec(config | mixture, case["dtype"])
     tp = case["tp"] if heads % case["tp"] == 0 else 1
     if case["kv_heads"] % tp and tp % case["kv_heads"]:
         tp = 1
