@@ -60,6 +60,7 @@ def spec(raw: dict[str, Any], dtype: str) -> ModelSpec:
                 value_dim=0,
                 dtype=dtype,
                 kind="latent",
+                computed_dims=config.nope_dim + config.rope_dim + config.value_dim,
             ),
         ),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),

@@ -24,6 +24,8 @@ class KVGroup(msgspec.Struct, frozen=True):
     has no values of its own (``value_dim`` 0)."""
     window: int = 0
     """Tokens that a query sees back, for ``sliding``."""
+    computed_dims: int | None = None
+    """Elements of a head's key and value where a prompt is read, for ``latent``; None: those kept."""
 
     def local_heads(self, tp: int) -> int:
         """Return the KV heads that one rank of a group of ``tp`` keeps."""

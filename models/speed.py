@@ -190,7 +190,8 @@ class _Stage:
         for group in self._model.kv_groups:
             here = sum(1 for layer in group.layers if layer in self._layers)
             seen = min(prompt / 2, _seen(group, prompt))
-            total += here * 2 * (group.key_dim + group.value_dim) * seen * prompt
+            dims = group.computed_dims or group.key_dim + group.value_dim
+            total += here * 2 * dims * seen * prompt
         return total * self._model.heads / self._tp
 
 

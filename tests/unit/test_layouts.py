@@ -158,6 +158,22 @@ def test_only_experts_that_are_hit_are_read() -> None:
     assert layout.decode_many.weight_bytes == always + round(16_000 * (1 - 0.75**2))
 
 
+def test_a_prompt_multiplies_what_a_latent_becomes_and_no_more_than_a_window() -> None:
+    model = tiny()
+    (group,) = model.kv_groups
+
+    def attention_s(**changes: int) -> float:
+        changed = (msgspec.structs.replace(group, **changes),)
+        cut = msgspec.structs.replace(model, kv_groups=changed)
+        return matrix(1, 3_000_000, model=cut).layouts[0].first_token_s - products_s
+
+    products_s = 0.0
+    whole, twice = attention_s(), attention_s(computed_dims=64)
+    assert twice - whole == pytest.approx(4 * 2 * 4 * 32 * 512 * 256 / 1e9)
+    products_s = 2 * whole - twice
+    assert attention_s(window=64) == pytest.approx(4 * 2 * 4 * 32 * 512 * 64 / 1e9)
+
+
 def test_the_tightest_rank_is_shown_and_all_degrees_multiply_to_the_gpus() -> None:
     model = tiny()
     for count in (1, 2, 4):
