@@ -157,7 +157,8 @@ def _config(json: Json) -> DeepseekConfig:
             raise ModelFormatError(
                 f"config.json: {name} must be at least 1, not {getattr(json, name)}", field=name
             )
-    for name in ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"):
+    counts = ("num_hidden_layers", "first_k_dense_replace", "num_nextn_predict_layers")
+    for name in (*counts, "n_routed_experts", "n_shared_experts"):
         if not 0 <= (getattr(json, name) or 0) <= _MOST:
             raise ModelFormatError(
                 f"config.json: {name} must be from 0 to {_MOST}, not {getattr(json, name)}", field=name

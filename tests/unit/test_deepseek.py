@@ -181,6 +181,8 @@ BAD: list[tuple[dict[str, Any], type[TandemError], str]] = [
     ({"num_hidden_layers": 0}, ModelFormatError, "num_hidden_layers"),
     ({"first_k_dense_replace": -1}, ModelFormatError, "first_k_dense_replace"),
     ({"num_nextn_predict_layers": 1 << 40}, ModelFormatError, "num_nextn_predict_layers"),
+    ({"num_hidden_layers": 1 << 40}, ModelFormatError, "num_hidden_layers"),
+    ({"n_routed_experts": 1 << 40}, ModelFormatError, "n_routed_experts"),
     ({"n_routed_experts": None}, ModelFormatError, "num_experts_per_tok"),
     ({"n_shared_experts": -1}, ModelFormatError, "n_shared_experts"),
     ({"n_group": 7}, ModelFormatError, "n_group"),
