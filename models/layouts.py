@@ -241,10 +241,11 @@ def _ranked(found: tuple[Layout, ...], prefer: Prefer) -> tuple[tuple[Layout, ..
     fitting = [layout for layout in found if layout.fits]
     if not fitting:
         ranked = sorted(found, key=lambda layout: layout.lacks_bytes)
-        lacks = f"{ranked[0].lacks_bytes / 2**30:.2f} GiB"
+        nearest = ranked[0]
+        lacks = f"{nearest.lacks_bytes / 2**30:.2f} GiB on rank {nearest.rank}"
         return tuple(ranked), (
-            f"nothing fits: {ranked[0].name} is nearest and lacks {lacks} on rank {ranked[0].rank}; take "
-            "more or larger GPUs, or a smaller --context"
+            f"nothing fits: {nearest.name} is nearest, holds {nearest.kv_tokens:,} tokens and lacks "
+            f"{lacks}; take more or larger GPUs" + (", or a smaller --context" if nearest.kv_tokens else "")
         )
     quickest = min(fitting, key=lambda layout: _cost(layout, prefer))
     bound = CLASS_SLACK * _cost(quickest, prefer)

@@ -247,6 +247,16 @@ def test_impossible_degrees_say_which_would_do() -> None:
         known("smollm2-135m", "64xH100")
 
 
+def test_a_context_that_does_not_fit_says_what_would() -> None:
+    found = known("llama-3.3-70b", "2xH100", Asked(context=131072))
+    assert found.best is None
+    best = found.layouts[0]
+    assert 0 < best.kv_tokens < 131072
+    assert f"{best.name} is nearest, holds {best.kv_tokens:,} tokens and lacks " in found.why
+    assert found.why.endswith("or a smaller --context")
+    assert known("llama-3.3-70b", "2xH100", Asked(context=best.kv_tokens)).best == 0
+
+
 def test_bad_demands() -> None:
     with pytest.raises(InvalidRequestError, match="the model has 8192"):
         known("llama-3-8b", "H200", Asked(context=8193))
@@ -309,9 +319,7 @@ def test_the_arithmetic_of_any_known_model_is_quick(name: str) -> None:
     seconds = []
     for _ in range(3):
         started = time.monotonic()
-        try:
-            known(name, "4x8xH100")
-        except LayoutError:
-            assert name.startswith("smollm2")
+        known(name, "2x8xH100")
         seconds.append(time.monotonic() - started)
-    assert min(seconds) < 0.7
+    # A whole command has a second; this is its largest part.
+    assert min(seconds) < 0.5
