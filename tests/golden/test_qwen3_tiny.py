@@ -23,7 +23,10 @@ from transformers import (
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from tests.golden.harness import Driver, Job, run_ranks_as_threads
-from tests.golden.tiny import TOLERANCE, Reference, answers_of, run_layout
+from tests.golden.tiny import NEW_TOKENS, TOLERANCE, Reference, answers_of, run_layout
+from tests.server import served
+from tests.unit.text_models import byte_level
+from tests.unit.text_models import directory as write_text_files
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
 LONG_LAYOUTS = [(8, 1), (1, 3), (8, 2), (2, 3), (4, 3)]
@@ -85,11 +88,11 @@ def dense(root: Path, kv_heads: int, *, tied: bool = False) -> tuple[Path, Refer
 
 
 @lru_cache
-def moe(root: Path, kv_heads: int, kind: str) -> tuple[Path, Reference]:
-    directory = root / f"moe-{kv_heads}-{kind}"
+def moe(root: Path, kv_heads: int, kind: str, vocab_size: int = 257) -> tuple[Path, Reference]:
+    directory = root / f"moe-{kv_heads}-{kind}-{vocab_size}"
     torch.manual_seed(kv_heads)
     config = Qwen3MoeConfig(
-        **SHARED,
+        **SHARED | {"vocab_size": vocab_size},
         **MOES[kind],
         num_key_value_heads=kv_heads,
         moe_intermediate_size=22,
@@ -153,3 +156,18 @@ def test_a_step_of_more_than_one_chunk_scores_every_position_alike(
         for position, found in job.prompt_scores.items():
             expected = float(scores[position - 1, job.prompt_ids[position]])
             assert found.logprob == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_a_mixture_is_served_by_processes(root: Path) -> None:
+    tokenizer = byte_level()
+    directory, reference = moe(root, 2, "all sparse", -(-tokenizer.get_vocab_size() // 16) * 16)
+    write_text_files(directory, tokenizer=tokenizer)
+    with served(directory, "--tp", "2", "--pp", "2", "--memory", "2") as server, server.client() as client:
+        for prompt, token_ids, logprobs in reference[-2:]:
+            result = client.generate(
+                prompt_ids=prompt, temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0
+            )
+            assert result.token_ids == token_ids
+            assert result.logprobs is not None
+            found = [scored.logprob for scored in result.logprobs]
+            assert found == pytest.approx(logprobs, abs=TOLERANCE)
