@@ -174,7 +174,11 @@ class _Stage:
         Of routed experts those that are hit, if every token chooses evenly among them.
         """
         chosen = self._model.experts_per_token
-        hit = (size * (1 - (1 - chosen / experts) ** tokens) for experts, size in self._stacks.items())
+        hit = (
+            # All of them, where the model does not say how many are chosen.
+            size * (1 - (1 - chosen / experts) ** tokens) if chosen else size
+            for experts, size in self._stacks.items()
+        )
         return self._always + round(sum(hit))
 
     def kv_bytes(self, context: int) -> int:

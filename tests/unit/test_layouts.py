@@ -156,6 +156,8 @@ def test_only_experts_that_are_hit_are_read() -> None:
     assert layout.decode_one.weight_bytes == always + 16_000 * 2 // 8
     assert layout.decode_many.rows == 2
     assert layout.decode_many.weight_bytes == always + round(16_000 * (1 - 0.75**2))
+    unsaid = msgspec.structs.replace(model, experts_per_token=0)
+    assert matrix(1, 3_000_000, model=unsaid).layouts[0].decode_one.weight_bytes == always + 16_000
 
 
 def test_a_prompt_multiplies_what_a_latent_becomes_and_no_more_than_a_window() -> None:
