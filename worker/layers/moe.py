@@ -19,8 +19,8 @@ class MoE:
     An expert that all tokens share is a dense block beside the others: state its parameters as any
     block's (``shared_gate_up``, ``shared_down``, cut over the group) and give
     ``SwiGLU(parts, f"{prefix}shared_")`` as ``shared``. Its partial sum is added here, so that the layer
-    still has one all-reduce. It is given all tokens at once: charge 3 of its inner features per token in
-    ``ModelSpec.activation_cut``, and what the routed ones hold by ``models.moe.expert_chunks``.
+    still has one all-reduce. It is given the same chunks of tokens, so ``models.moe.expert_chunks`` covers
+    it too where its inner features are no more than those of a token's ``top_k`` experts.
     """
 
     def __init__(self, parts: Parts, prefix: str, routing: Routing, shared: SwiGLU | None = None) -> None:
@@ -38,12 +38,14 @@ class MoE:
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part [tokens, hidden]; a chunk of tokens at a time goes to the experts."""
+        """Return this rank's part [tokens, hidden], computed a chunk of tokens at a time."""
         if x.shape[0] <= CHUNK_TOKENS:
-            found = self._experts.run(x, self._experts.route(x))
-        else:
-            found = torch.empty_like(x)
-            for first in range(0, x.shape[0], CHUNK_TOKENS):
-                some = x[first : first + CHUNK_TOKENS]
-                found[first : first + CHUNK_TOKENS] = self._experts.run(some, self._experts.route(some))
+            return self._of_chunk(x)
+        found = torch.empty_like(x)
+        for first in range(0, x.shape[0], CHUNK_TOKENS):
+            found[first : first + CHUNK_TOKENS] = self._of_chunk(x[first : first + CHUNK_TOKENS])
+        return found
+
+    def _of_chunk(self, x: torch.Tensor) -> torch.Tensor:
+        found = self._experts.run(x, self._experts.route(x))
         return found if self._shared is None else found.add_(self._shared(x))
