@@ -6,7 +6,6 @@ nothing but 2.
 """
 
 import json
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -50,14 +49,6 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 Answer = tuple[list[int], torch.Tensor]
 """Known tokens, prompt and greedy ones, and the log-probabilities after each, [tokens, vocabulary]."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from protocol.control import NewRow
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from tests.golden.harness import Driver, Instance, Job, run_ranks_as_threads
-from tests.golden.test_llama_tiny import PROMPT_LENGTHS, tiny
+from tests.golden.test_llama_tiny import tiny
+from tests.golden.tiny import PROMPT_LENGTHS
 
 BOUNDS = {"float8": 0.5, "bfloat16": 0.05}
 """Log-probability of a prompt's token, against float32 KV."""

@@ -4,7 +4,6 @@ Odd sizes make every rule of the cuts work: 90 and 22 inner features and 257 voc
 divide by 4 or 8. Norm weights are random, or a missing norm could not be told from one of ones.
 """
 
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -59,14 +58,6 @@ MOES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tiny")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def saved(model: PreTrainedModel, directory: Path) -> Reference:

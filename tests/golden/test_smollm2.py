@@ -5,7 +5,6 @@ tokens and after preemption.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,6 @@ LAYOUTS = [(1, 1), (3, 1), (1, 2), (3, 2), (1, 4)]
 TOLERANCE = 1e-3
 
 MEMORY = {"num_blocks": 700, "block_tokens": 16, "context": 1024, "step_tokens": 512}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def job(row: dict[str, Any], **how: Any) -> Job:
