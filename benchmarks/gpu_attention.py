@@ -1,6 +1,6 @@
 """How near to the bandwidth limit does each attention path decode, and how fast does it prefill?
 
-Run: ``python -m benchmarks.gpu_attention [--heads 32 --kv-heads 8 --dim 128] [--json FILE]``.
+Run: ``python -m benchmarks.gpu_attention [--heads 32 --kv-heads 8 --dim 128] [--kv float8] [--json FILE]``.
 Decode: one query token a row over scattered blocks; launches of a captured graph, each on a cache of its
 own until these are well beyond the L2 cache; medians of repeats; KV bytes alone. The lines on the way name
 the fastest path of each size: ``worker/backends/cuda/attention_paths.py`` is set from them.
@@ -33,6 +33,9 @@ FEW_ROWS = 8
 FOR_FEW: tuple[RingPath, ...] = ("ring_2x3", "ring_4x2", "ring_8x2")
 IN_CLUSTERS: tuple[RingPath, ...] = ("ring_8x2_by_2",)
 FOR_MANY: tuple[RingPath, ...] = ("ring_2x3", "ring_4x2")
+FLOAT8_FOR_FEW: tuple[RingPath, ...] = ("ring_2x6_e4m3", "ring_4x4_e4m3", "ring_8x4_e4m3")
+FLOAT8_IN_CLUSTERS: tuple[RingPath, ...] = ("ring_8x4_by_2_e4m3",)
+FLOAT8_FOR_MANY: tuple[RingPath, ...] = ("ring_2x6_e4m3", "ring_4x4_e4m3")
 PREFILL: tuple[PrefillPath, ...] = ("fa3", "fa2", "tiled")
 PROMPTS = (7000,) * 4
 COLD_BYTES = 512 << 20
@@ -41,10 +44,18 @@ REPEATS = 7
 
 
 class Bench:
-    """One shape in bf16. Owns a pool of KV lines that caches of layers are cut from."""
+    """One shape in bf16. Owns a pool of KV pages that caches of layers are cut from."""
 
     def __init__(
-        self, kernels: Path, operators: Path | None, heads: int, kv_heads: int, dim: int, block_tokens: int
+        self,
+        kernels: Path,
+        operators: Path | None,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        block_tokens: int,
+        *,
+        is_float8: bool,
     ) -> None:
         self.device = torch.device("cuda", 0)
         torch.cuda.set_device(self.device)
@@ -55,11 +66,26 @@ class Bench:
         blocks = max(CONTEXTS) // block_tokens
         tokens = sum(PROMPTS)
         self.shape = Shape(
-            heads, kv_heads, dim, dim, torch.bfloat16, block_tokens, max(BATCHES), blocks, tokens
+            heads,
+            kv_heads,
+            dim,
+            dim,
+            torch.bfloat16,
+            block_tokens,
+            max(BATCHES),
+            blocks,
+            tokens,
+            is_float8,
         )
-        self.width = 2 * kv_heads * dim
-        lines = max(BATCHES) * max(CONTEXTS)
-        self.lines = torch.empty((lines, self.width), dtype=torch.bfloat16, device=self.device).normal_()
+        self.token_bytes = 2 * kv_heads * (dim + 1 if is_float8 else 2 * dim)
+        pages = max(BATCHES) * max(CONTEXTS) // block_tokens
+        size = (pages, block_tokens * self.token_bytes)
+        if is_float8:
+            # Codes of 1 to 1.9 in magnitude, and scales of 2^-71: any numbers do.
+            self.pages = torch.randint(56, 64, size, dtype=torch.uint8, device=self.device)
+        else:
+            elements = (pages, size[1] // 2)
+            self.pages = torch.empty(elements, dtype=torch.bfloat16, device=self.device).normal_()
 
     def attention(self, decode: tuple[DecodeRule, ...], prefill: tuple[PrefillPath, ...]) -> CudaAttention:
         """Return attention that takes these paths where they are available."""
@@ -77,29 +103,33 @@ class Bench:
             max_blocks=shape.max_blocks,
             step_tokens=shape.step_tokens,
             device=self.device,
+            is_float8=shape.is_float8,
+            expanded_tokens=shape.step_tokens + shape.max_rows * shape.block_tokens,
             decode_paths=decode,
             prefill_paths=prefill,
         )
 
     def tables(self, lengths: list[int]) -> tuple[torch.Tensor, int]:
-        """Return scattered block tables of rows, and the lines they take of a layer."""
+        """Return scattered block tables of rows, and the pages they take of a layer."""
         counts = [-(-length // self.shape.block_tokens) for length in lengths]
         order = torch.randperm(sum(counts), dtype=torch.int64).to(torch.int32)
         block_tables = torch.zeros((self.shape.max_rows + 1, self.shape.max_blocks), dtype=torch.int32)
         for row, mine in enumerate(torch.split(order, counts)):
             block_tables[row, : len(mine)] = mine
-        return block_tables.to(self.device), sum(counts) * self.shape.block_tokens
+        return block_tables.to(self.device), sum(counts)
 
-    def caches(self, lines: int) -> list[LayerCache]:
-        """Return as many layers as make reads cold, of which each has so many lines."""
+    def caches(self, pages: int) -> list[LayerCache]:
+        """Return as many layers as make reads cold, of which each has so many pages."""
         shape = self.shape
-        wanted = min(math.ceil(COLD_BYTES / (lines * self.width * 2)), MOST_LAUNCHES)
-        return [
-            LayerCache(
-                0, self.lines[i * lines : (i + 1) * lines], shape.kv_heads, shape.key_dim, shape.value_dim
-            )
-            for i in range(max(1, min(wanted, len(self.lines) // lines)))
-        ]
+        size = pages * shape.block_tokens * self.token_bytes
+        wanted = min(math.ceil(COLD_BYTES / size), MOST_LAUNCHES)
+        caches = []
+        for i in range(max(1, min(wanted, len(self.pages) // pages))):
+            lines = self.pages[i * pages : (i + 1) * pages]
+            if not shape.is_float8:
+                lines = lines.view(-1, self.token_bytes // 2)
+            caches.append(LayerCache(0, lines, shape.kv_heads, shape.key_dim, shape.value_dim))
+        return caches
 
     def decode_us(self, rule: DecodeRule, contexts: list[int]) -> list[float] | None:
         """Return microseconds a launch, of each repeat, or None where the path is not available."""
@@ -107,8 +137,8 @@ class Bench:
         attention = self.attention((rule, DecodeRule("vector")), ("tiled",))
         if attention.decode_path(batch) != rule.path:
             return None
-        block_tables, lines = self.tables(contexts)
-        caches = self.caches(lines)
+        block_tables, pages = self.tables(contexts)
+        caches = self.caches(pages)
         launches = max(8, len(caches))
         rows = torch.arange(batch, dtype=torch.int32, device=self.device)
         lengths = torch.tensor(contexts, dtype=torch.int32, device=self.device)
@@ -134,8 +164,8 @@ class Bench:
         if attention.prefill_path != path:
             return None
         starts = [0, *accumulate(PROMPTS)]
-        block_tables, lines = self.tables(list(PROMPTS))
-        cache = self.caches(lines)[0]
+        block_tables, pages = self.tables(list(PROMPTS))
+        cache = self.caches(pages)[0]
         size = (starts[-1], shape.heads * shape.key_dim)
         queries = torch.randn(size, device=self.device).to(shape.dtype)
         out = torch.empty_like(queries)
@@ -160,13 +190,17 @@ def timed_us(call: Callable[[], object]) -> list[float]:
     return times
 
 
-def decode_rules(batch: int) -> list[DecodeRule]:
+def decode_rules(batch: int, *, is_float8: bool) -> list[DecodeRule]:
     """Return what is tried: where rows are many, cutting them is of little use."""
+    few, many, clusters = FOR_FEW, FOR_MANY, IN_CLUSTERS
     rules = [*map(DecodeRule, XQA), DecodeRule("tensor", split_tokens=64 if batch <= FEW_ROWS else 256)]
+    if is_float8:
+        few, many, clusters = FLOAT8_FOR_FEW, FLOAT8_FOR_MANY, FLOAT8_IN_CLUSTERS
+        rules = [DecodeRule("vector")]
     if batch <= FEW_ROWS:
-        rules += [DecodeRule(path, split_tokens=tokens) for path in FOR_FEW for tokens in (64, 128, 256)]
-        return rules + [DecodeRule(path) for path in IN_CLUSTERS]
-    return rules + [DecodeRule(path, split_tokens=tokens) for path in FOR_MANY for tokens in (256, 1024)]
+        rules += [DecodeRule(path, split_tokens=tokens) for path in few for tokens in (64, 128, 256)]
+        return rules + [DecodeRule(path) for path in clusters]
+    return rules + [DecodeRule(path, split_tokens=tokens) for path in many for tokens in (256, 1024)]
 
 
 def decode_contexts(batch: int) -> dict[str, list[int]]:
@@ -186,14 +220,13 @@ def measure(bench: Bench) -> list[Figure]:
     for batch in BATCHES:
         for context, lengths in decode_contexts(batch).items():
             found: dict[str, float] = {}
-            kv_bytes = sum(lengths) * bench.width * 2
-            for rule in decode_rules(batch):
+            kv_bytes = sum(lengths) * bench.token_bytes
+            for rule in decode_rules(batch, is_float8=shape.is_float8):
                 times = bench.decode_us(rule, lengths)
                 if times is None:
                     continue
-                path = (
-                    rule.path if rule.path in (*XQA, *IN_CLUSTERS) else f"{rule.path}@{rule.split_tokens}"
-                )
+                is_cut_alike = rule.path in (*XQA, *IN_CLUSTERS, *FLOAT8_IN_CLUSTERS)
+                path = rule.path if is_cut_alike else f"{rule.path}@{rule.split_tokens}"
                 us = found[path] = sorted(times)[len(times) // 2]
                 where = f"decode {path}, batch {batch}, context {context}"
                 figures += [
@@ -232,6 +265,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--block-tokens", type=int, default=64)
+    parser.add_argument("--kv", choices=("bfloat16", "float8"), default="bfloat16")
     kernels = Path.home() / ".cache" / "tandem" / "kernels"
     parser.add_argument("--kernels", type=Path, default=kernels, help="the cache of compiled kernels")
     parser.add_argument("--operators", type=Path, help="FlashInfer's operators, where not in the cache")
@@ -244,6 +278,7 @@ def main() -> None:
         arguments.kv_heads,
         arguments.dim,
         arguments.block_tokens,
+        is_float8=arguments.kv == "float8",
     )
     figures = measure(bench)
     print(table(figures))

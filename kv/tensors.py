@@ -75,17 +75,22 @@ class LayerCache:
         """Whether elements are codes that have scales beside them."""
         return self.lines.dtype == torch.uint8
 
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a float8 page."""
+        dims = self.key_dim + self.value_dim
+        return self.lines.shape[1] // (self.heads * (dims + self._scales_per_head))
+
     def codes(self, pages: torch.Tensor) -> torch.Tensor:
         """Return the lines in float8 pages, float8_e4m3fn [pages, block_tokens, width]: a view."""
-        width = self.heads * (self.key_dim + self.value_dim)
-        tokens = pages.shape[1] // (width + self.heads * self._scales_per_head)
+        width, tokens = self.heads * (self.key_dim + self.value_dim), self.page_tokens
         return pages[:, -tokens * width :].view(torch.float8_e4m3fn).view(-1, tokens, width)
 
     def scales(self, pages: torch.Tensor) -> torch.Tensor:
         """Return the scales in them, uint8 [pages, heads, keys and values, block_tokens], as k + 127."""
-        per_token = self.heads * self._scales_per_head
-        tokens = pages.shape[1] // (self.heads * (self.key_dim + self.value_dim) + per_token)
-        return pages[:, : tokens * per_token].view(-1, self.heads, self._scales_per_head, tokens)
+        tokens = self.page_tokens
+        scales = pages[:, : tokens * self.heads * self._scales_per_head]
+        return scales.view(-1, self.heads, self._scales_per_head, tokens)
 
     @property
     def _scales_per_head(self) -> int:

@@ -28,6 +28,8 @@ class DeviceOverheads(msgspec.Struct, frozen=True):
     """For each row of logits and entry of a rank's part of the vocabulary."""
     whole_logit_bytes: int
     """The same for each entry of the whole vocabulary, where a row is gathered."""
+    expands_float8: bool = False
+    """Whether prefill copies float8 contexts in bf16, ``expanded_tokens`` together."""
 
 
 CPU_OVERHEADS = DeviceOverheads(
@@ -50,7 +52,15 @@ CUDA_OVERHEADS = DeviceOverheads(
     # Logits in float32, and what each token's count takes in 16 bits; gathered whole over ranks.
     logit_bytes=6,
     whole_logit_bytes=4,
+    expands_float8=True,
 )
+
+_MOST_EXPANDED_TOKENS = 1 << 17
+
+
+def expanded_tokens(model: ModelSpec, step_tokens: int) -> int:
+    """Return how many tokens of float8 KV a GPU's prefill copies together: a longest context, or a step."""
+    return max(step_tokens, min(model.max_context, _MOST_EXPANDED_TOKENS))
 
 
 class MemoryLine(msgspec.Struct, frozen=True):
@@ -215,6 +225,16 @@ def _rank_plan(
     return RankPlan(rank, layers, budget, lines, block, kv)
 
 
+def _expanded_bytes(model: ModelSpec, tp: int, limits: StepLimits) -> int:
+    """Return what a layer's expanded context takes on a rank, of each KV group."""
+    elements = sum(
+        group.local_heads(tp) * (group.key_dim + group.value_dim)
+        for group in model.kv_groups
+        if group.dtype == "float8" and group.value_dim
+    )
+    return expanded_tokens(model, limits.step_tokens) * elements * DTYPE_BYTES["bfloat16"]
+
+
 def _fixed_lines(
     model: ModelSpec, topology: Topology, limits: StepLimits, overheads: DeviceOverheads
 ) -> tuple[MemoryLine, ...]:
@@ -229,7 +249,11 @@ def _fixed_lines(
         MemoryLine("runtime", overheads.runtime, "interpreter, libraries, device context"),
         MemoryLine("activations", activations * size, f"a step of {limits.step_tokens} tokens"),
         MemoryLine("logits", logits, f"{limits.logit_rows} rows at a time"),
-        MemoryLine("workspace", overheads.workspace, "attention's gathered context and score tiles"),
+        MemoryLine(
+            "workspace",
+            overheads.workspace + (_expanded_bytes(model, tp, limits) if overheads.expands_float8 else 0),
+            "attention's gathered context and score tiles",
+        ),
         MemoryLine(
             "communicator",
             overheads.communicator_base

@@ -215,13 +215,20 @@ def _check_limits(config: ServeConfig) -> None:
 
 def _check_kv_dtype(model: ModelSpec, config: ServeConfig) -> None:
     """Refuse what the kernels of a device kind do not read (``UnsupportedModelError``)."""
-    if device_kind(config.devices) == "cpu" or all(g.dtype == model.dtype for g in model.kv_groups):
+    if device_kind(config.devices) == "cpu":
         return
-    raise UnsupportedModelError(
-        f"KV in {config.kv_dtype} for a model in {model.dtype} is served on the CPU alone: on a GPU leave "
-        "--kv-dtype out",
-        field="kv_dtype",
-    )
+    for group in model.kv_groups:
+        if group.dtype == "float8" and config.block_tokens % 8:
+            raise UnsupportedModelError(
+                f"a GPU reads float8 KV in blocks of a multiple of 8 tokens, not of {config.block_tokens}",
+                field="kv_dtype",
+            )
+        if group.dtype not in (model.dtype, "float8"):
+            raise UnsupportedModelError(
+                f"KV in {group.dtype} for a model in {model.dtype} is served on the CPU alone: on a GPU "
+                "leave --kv-dtype out, or ask for float8",
+                field="kv_dtype",
+            )
 
 
 def make_arenas(sizes: Sequence[int], stack: AsyncExitStack) -> list[int]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kv.tensors import LayerCache
+from worker.backends.cpu_float8 import store_rounded
 from worker.backends.cuda.attention_paths import RingPath
 
 pytestmark = pytest.mark.gpu
@@ -26,6 +27,7 @@ class Case:
     key_dim: int
     value_dim: int = 0
     block_tokens: int = 64
+    is_float8: bool = False
 
     @property
     def values(self) -> int:
@@ -33,7 +35,8 @@ class Case:
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
-        return f"{name}-{self.heads}-{self.kv_heads}-{self.key_dim}-{self.values}-{self.block_tokens}"
+        kv = "-float8" if self.is_float8 else ""
+        return f"{name}-{self.heads}-{self.kv_heads}-{self.key_dim}-{self.values}-{self.block_tokens}{kv}"
 
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -53,6 +56,13 @@ OWN = [
     Case(F32, 10, 2, 128),
     Case(F32, 4, 1, 256),
     Case(F32, 4, 2, 40, 8, 6),
+    Case(BF16, 32, 8, 128, is_float8=True),
+    Case(BF16, 64, 8, 128, block_tokens=16, is_float8=True),
+    Case(BF16, 22, 1, 128, block_tokens=32, is_float8=True),
+    Case(BF16, 9, 3, 64, block_tokens=16, is_float8=True),
+    Case(BF16, 4, 2, 48, 72, 24, is_float8=True),
+    Case(F32, 10, 2, 128, is_float8=True),
+    Case(F32, 4, 1, 256, 8, 8, is_float8=True),
 ]
 FLASHINFER_DECODE = [
     Case(BF16, 32, 8, 128),
@@ -69,8 +79,11 @@ FLASHINFER_PREFILL = [
     (Case(BF16, 32, 8, 128), "fa2"),
     (Case(BF16, 9, 3, 64, block_tokens=16), "fa2"),
     (Case(BF16, 32, 8, 64), "fa2"),
+    (Case(BF16, 32, 8, 128, is_float8=True), "fa3"),
+    (Case(BF16, 8, 1, 128, block_tokens=16, is_float8=True), "fa3"),
+    (Case(BF16, 32, 8, 128, is_float8=True), "fa2"),
 ]
-RINGS = get_args(RingPath)
+RINGS: tuple[str, ...] = get_args(RingPath)
 DECODE_LENGTHS = [
     [1],
     [129],
@@ -123,12 +136,21 @@ class World:
         self.kv_lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
         width = case.kv_heads * (case.key_dim + case.values)
         lines = torch.full((self.num_blocks * block, width), math.nan, dtype=case.dtype, device="cuda")
-        self.cache = LayerCache(0, lines, case.kv_heads, case.key_dim, case.values)
+        self.cache = self.plain = LayerCache(0, lines, case.kv_heads, case.key_dim, case.values)
+        """What the cache holds, element by element."""
+        if case.is_float8:
+            # Codes that are no numbers, under scales that are infinite.
+            size = (self.num_blocks, block * case.kv_heads * (case.key_dim + case.values + 2))
+            pages = torch.full(size, 0xFF, dtype=torch.uint8, device="cuda")
+            self.cache = LayerCache(0, pages, case.kv_heads, case.key_dim, case.values)
         self.lines = []
         for mine, length in zip(self.blocks, lengths, strict=True):
             where = torch.tensor(mine, device="cuda").repeat_interleave(block) * block
             where = (where + torch.arange(block, device="cuda").repeat(len(mine)))[:length]
             fresh = torch.randn((length, width), generator=generator, device="cuda")
+            if case.is_float8:
+                fresh *= torch.exp2(torch.randint(-9, 2, (length, 1), generator=generator, device="cuda"))
+                store_rounded(fresh, self.cache, where)
             lines[where] = fresh.to(case.dtype)
             self.lines.append(where)
         self.generator = generator
@@ -141,7 +163,7 @@ class World:
     def expected(self, queries: torch.Tensor, counts: list[int]) -> torch.Tensor:
         case, results, first = self.case, [], 0
         for where, length, count in zip(self.lines, self.lengths, counts, strict=True):
-            keys, values = self.cache.keys_values(self.cache.lines[where])
+            keys, values = self.plain.keys_values(self.plain.lines[where])
             keys, values = (
                 x.double().repeat_interleave(case.heads // case.kv_heads, 0) for x in (keys, values)
             )
@@ -153,7 +175,9 @@ class World:
             first += count
         return torch.cat(results)
 
-    def attention(self, loaded: Any, step_tokens: int = 4096, **paths: Any) -> Any:
+    def attention(
+        self, loaded: Any, step_tokens: int = 4096, expanded_tokens: int = 1 << 15, **paths: Any
+    ) -> Any:
         from worker.backends.cuda.attention import CudaAttention
 
         kernels, operators = loaded
@@ -171,6 +195,8 @@ class World:
             max_blocks=self.max_blocks,
             step_tokens=step_tokens,
             device=torch.device("cuda", 0),
+            is_float8=case.is_float8,
+            expanded_tokens=expanded_tokens,
             **paths,
         )
 
@@ -219,6 +245,10 @@ def test_own_decode(loaded: Any, path: str, case: Case, lengths: list[int]) -> N
         pytest.skip("not a shape of the tensor cores")
     if path in RINGS and not case.key_dim == case.values == 128:
         pytest.skip("not a shape of the rings")
+    if (path in RINGS and path.endswith("_e4m3") != case.is_float8) or (
+        path == "tensor" and case.is_float8
+    ):
+        pytest.skip("a path of another cache")
     world = World(case, lengths, seed=len(lengths))
     attention = world.attention(loaded, decode_paths=only(path), prefill_paths=("tiled",))
     assert attention.decode_path(len(lengths)) == path
@@ -234,7 +264,8 @@ def test_own_decode(loaded: Any, path: str, case: Case, lengths: list[int]) -> N
 @pytest.mark.parametrize("path", RINGS)
 def test_rings_go_round(loaded: Any, path: str) -> None:
     """Rows so long for their blocks that a warp looks its lines up several times."""
-    world = World(Case(BF16, 8, 2, 128, block_tokens=16), [9000, 5, 4200], seed=3)
+    case = Case(BF16, 8, 2, 128, block_tokens=16, is_float8=path.endswith("_e4m3"))
+    world = World(case, [9000, 5, 4200], seed=3)
     rules = only(path, split_tokens=1 << 14)
     attention = world.attention(loaded, decode_paths=rules, prefill_paths=("tiled",))
     queries = world.queries(3)
@@ -244,7 +275,8 @@ def test_rings_go_round(loaded: Any, path: str) -> None:
 @pytest.mark.parametrize("path", RINGS)
 def test_rows_do_not_depend_on_their_neighbours(loaded: Any, path: str) -> None:
     """What a row of one block gives is the same to the bit, alone or among others."""
-    world = World(Case(BF16, 32, 8, 128), [190, 64, 33, 127, 1, 100], seed=4)
+    case = Case(BF16, 32, 8, 128, is_float8=path.endswith("_e4m3"))
+    world = World(case, [190, 64, 33, 127, 1, 100], seed=4)
     rules = only(path, split_tokens=256)
     attention = world.attention(loaded, decode_paths=rules, prefill_paths=("tiled",))
     queries = world.queries(6)
@@ -274,7 +306,7 @@ def test_xqa_decode(loaded: Any, path: str, case: Case, lengths: list[int]) -> N
 def test_graph_replay_is_right_as_rows_grow(loaded: Any, path: str) -> None:
     from worker.backends.cuda.flashinfer import xqa_name
 
-    case = Case(BF16, 64, 8, 128)
+    case = Case(BF16, 64, 8, 128, is_float8=path.endswith("_e4m3"))
     if path.startswith("xqa"):
         need(loaded, xqa_name(64, 128, 8))
     world = World(case, [700, 1500, 64, 1, 333], seed=1)
@@ -342,6 +374,20 @@ def test_flashinfer_mixed(loaded: Any, case: Case, path: str, step: tuple[list[i
     lengths = [a + b for a, b in zip(counts, before, strict=True)]
     world = World(case, lengths, seed=len(lengths))
     attention = world.attention(loaded, prefill_paths=(path,))
+    queries = world.queries(sum(counts))
+    agree(world.mixed(attention, queries, starts_of(counts)), world.expected(queries, counts))
+
+
+@pytest.mark.parametrize("expanded_tokens", [1, 300, 1400])
+def test_what_does_not_fit_expanded_is_attended_in_tiles(loaded: Any, expanded_tokens: int) -> None:
+    from worker.backends.cuda.flashinfer import prefill_name
+
+    need(loaded, prefill_name(128, is_fa3=True))
+    counts, before = [30, 5, 130, 64, 1], [200, 10, 1000, 200, 65]
+    world = World(
+        Case(BF16, 8, 2, 128, is_float8=True), [a + b for a, b in zip(counts, before, strict=True)], seed=6
+    )
+    attention = world.attention(loaded, expanded_tokens=expanded_tokens, prefill_paths=("fa3",))
     queries = world.queries(sum(counts))
     agree(world.mixed(attention, queries, starts_of(counts)), world.expected(queries, counts))
 

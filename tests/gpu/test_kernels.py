@@ -134,6 +134,52 @@ def test_rope_and_store(elementwise, tokens, heads, kv_heads, key_dim, value_dim
     assert_near(stored, wanted, RELATIVE[dtype], 1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "key_dim", "value_dim"), [(32, 8, 128, 128), (5, 1, 80, 256)]
+)
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_rope_and_store_in_float8(elementwise, tokens, heads, kv_heads, key_dim, value_dim, dtype) -> None:
+    block = 16
+    kept, width = (heads + kv_heads) * key_dim, kv_heads * (key_dim + value_dim)
+    qkv = randn(tokens, heads * key_dim + width, dtype=dtype)
+    # Tokens of all sizes, and one that is nothing.
+    qkv *= torch.logspace(-6, 6, tokens, device="cuda", dtype=dtype)[:, None]
+    qkv[tokens // 2] = 0
+    angles = torch.rand(tokens, key_dim // 2, device="cuda") * 6.28
+    rotation = torch.stack((angles.cos(), -angles.sin(), angles.sin()), dim=1).to(dtype)
+    blocks = tokens // block + 3
+    pages = torch.full((blocks, block * (width + 2 * kv_heads)), 7, device="cuda", dtype=torch.uint8)
+    cache = LayerCache(0, pages, kv_heads, key_dim, value_dim)
+    lines = torch.randperm(blocks * block, device="cuda")[:tokens]
+    lines[tokens // 3 :: 5] = -1
+    queries = elementwise.rope_and_store(qkv, rotation, cache, lines)
+    turned = qkv[:, :kept].double().view(tokens, heads + kv_heads, 2, key_dim // 2)
+    low, high = turned[:, :, 0], turned[:, :, 1]
+    cos, sin = rotation[:, None, 0].double(), rotation[:, None, 2].double()
+    rotated = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    assert_near(queries, rotated[:, :heads].reshape(tokens, -1), RELATIVE[dtype], 1e-5)
+    written = lines >= 0
+    block_of, inside = lines[written] // block, lines[written] % block
+    codes, scales = cache.codes(pages), cache.scales(pages)
+    wanted = (rotated[:, heads:], qkv[:, kept:].double().view(tokens, kv_heads, value_dim))
+    columns = (slice(0, kv_heads * key_dim), slice(kv_heads * key_dim, width))
+    for part in range(2):
+        want = wanted[part][written]
+        found = codes.view(torch.uint8)[block_of, inside, columns[part]].view(torch.float8_e4m3fn).double()
+        factors = torch.exp2(scales[block_of, :, part, inside].double() - 127).unsqueeze(-1)
+        largest = want.abs().amax(-1, keepdim=True)
+        assert bool((largest <= 448.01 * factors).all())
+        assert bool(((largest >= 223.99 * factors) | (factors == 2.0**-126)).all())
+        # Half of the distance of two codes: 1/16 of the number, or what it is beside nothing.
+        error = (found.view_as(want) * factors - want).abs()
+        assert bool((error <= torch.maximum(want.abs() / 16, factors / 1024) * 1.01).all())
+    untouched = torch.ones(blocks, block, device="cuda", dtype=torch.bool)
+    untouched[block_of, inside] = False
+    assert bool((codes.view(torch.uint8)[untouched] == 7).all())
+    assert bool((scales.permute(0, 3, 1, 2)[untouched] == 7).all())
+
+
 class Chain:
     """A small model's decode step without attention: its queries go straight to the next product."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kv.tensors import HostRegion, KVLayout, KVTensors, LayerCache
-from models.memory import CPU_OVERHEADS, MemoryPlan, StepLimits, plan_memory
+from models.memory import CPU_OVERHEADS, CUDA_OVERHEADS, MemoryPlan, StepLimits, plan_memory
 from models.registry import load_spec
 from models.spec import KVGroup
 from orchestrator.config import ServeConfig
@@ -180,6 +180,17 @@ def test_the_plan_holds_twice_the_tokens_less_the_scales(tmp_path: Path) -> None
     assert small.tightest.lines[-1].because.endswith("in float8")
 
 
+def test_a_gpu_is_charged_for_contexts_in_bf16(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    limits, found = StepLimits(8, 600, 8, 16), {}
+    for kv_dtype in ("auto", "float8"):
+        spec = load_spec(tmp_path, "bfloat16", kv_dtype)
+        made = plan_memory(spec, Topology(tp=2), [2 << 30] * 2, limits, CUDA_OVERHEADS, None)
+        found[kv_dtype] = {line.name: line.predicted_bytes for line in made.tightest.lines}["workspace"]
+    # A step is longer than the model's context; one KV head of 16 a rank.
+    assert found["float8"] - found["auto"] == 600 * 2 * 16 * 2
+
+
 def test_what_is_not_known_or_not_served_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,11 +203,17 @@ def test_what_is_not_known_or_not_served_is_refused(
         runtime_root=tmp_path,
         environment={},
         devices=("cuda:0",),
-        dtype="bfloat16",
-        kv_dtype="float8",
+        dtype="float32",
+        kv_dtype="bfloat16",
     )
-    with pytest.raises(UnsupportedModelError, match="on a GPU leave --kv-dtype out") as refusal:
-        Blueprint.of(config)
-    assert refusal.value.field == "kv_dtype"
+    odd = msgspec.structs.replace(config, kv_dtype="float8", block_tokens=12)
+    for bad, what in (
+        (config, "on the CPU alone: on a GPU leave --kv-dtype out"),
+        (odd, "a multiple of 8 tokens, not of 12"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=what) as refusal:
+            Blueprint.of(bad)
+        assert refusal.value.field == "kv_dtype"
+    config = msgspec.structs.replace(config, kv_dtype="float8")
     on_cpu = Blueprint.of(msgspec.structs.replace(config, devices=("cpu",), memory_bytes=1 << 29))
     assert on_cpu.boots(1, [0], tmp_path, None)[0].kv_dtype == "float8"

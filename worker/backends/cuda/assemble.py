@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kv.tensors import KVLayout, KVTensors, LayerCache
+from models.memory import expanded_tokens
 from worker.assemble import RankLimits
 from worker.backends.cuda.attention import CudaAttention
 from worker.backends.cuda.backend import CudaBackend, latents_refused
@@ -98,6 +99,8 @@ class Assembled:
                 max_blocks=max_blocks,
                 step_tokens=boot.step_tokens,
                 device=device.torch_device,
+                is_float8=group.dtype == "float8",
+                expanded_tokens=expanded_tokens(spec, boot.step_tokens),
             )
             for group in spec.kv_groups
         )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from kv.tensors import LayerCache
+from worker.backends.cuda.attention_expanded import ExpandedPrefill
 from worker.backends.cuda.attention_own import OwnDecode, OwnPrefill, Rows, Shape
 from worker.backends.cuda.attention_paths import (
     DECODE_PATHS,
@@ -78,13 +79,18 @@ def _prefill_path(
     shape: Shape,
     preferred: tuple[PrefillPath, ...],
     device: torch.device,
-) -> PagedPrefill | OwnPrefill:
+    expanded_tokens: int,
+) -> PagedPrefill | ExpandedPrefill | OwnPrefill:
+    plain = replace(shape, is_float8=False)
     for path in preferred:
         if path == "tiled":
             break
-        module = PagedPrefill.find(operators, shape, path == "fa3")
+        module = PagedPrefill.find(operators, plain, path == "fa3")
         if module is not None:
-            return PagedPrefill(module, shape, path == "fa3", device)
+            paged = PagedPrefill(module, plain, path == "fa3", device)
+            if not shape.is_float8:
+                return paged
+            return ExpandedPrefill(kernels, paged, shape, expanded_tokens, device)
     return OwnPrefill(kernels, shape)
 
 
@@ -106,6 +112,8 @@ class CudaAttention:
         max_blocks: int,
         step_tokens: int,
         device: torch.device,
+        is_float8: bool = False,
+        expanded_tokens: int = 0,
         decode_paths: tuple[DecodeRule, ...] = DECODE_PATHS,
         prefill_paths: tuple[PrefillPath, ...] = PREFILL_PATHS,
     ) -> None:
@@ -113,18 +121,31 @@ class CudaAttention:
 
         ``heads`` and ``kv_heads`` are this rank's; dims are multiples of 8 up to 256. ``operators`` is the
         directory of FlashInfer's operators; one that is not there is not used. ``max_blocks`` is the width
-        of the block tables, ``step_tokens`` the most tokens of a step. Errors: ``CudaError``.
+        of the block tables, ``step_tokens`` the most tokens of a step. ``is_float8``: the cache is; then
+        prefill copies rows of ``expanded_tokens`` tokens at most together in bf16. Errors: ``CudaError``.
         """
         assert heads % kv_heads == 0, (heads, kv_heads)
         assert key_dim % 8 == value_dim % 8 == 0, (key_dim, value_dim)
         assert max(key_dim, value_dim) <= _LARGEST_DIM, (key_dim, value_dim)
+        # A float8 line begins at a multiple of 8 bytes, at which eight of its elements are read.
+        assert not is_float8 or block_tokens % 8 == 0, block_tokens
         shape = Shape(
-            heads, kv_heads, key_dim, value_dim, dtype, block_tokens, max_rows, max_blocks, step_tokens
+            heads,
+            kv_heads,
+            key_dim,
+            value_dim,
+            dtype,
+            block_tokens,
+            max_rows,
+            max_blocks,
+            step_tokens,
+            is_float8,
         )
         self._shape = shape
         found = Operators(operators)
         self._decode = _decode_paths(kernels, found, shape, decode_paths, device)
-        self._prefill = _prefill_path(kernels, found, shape, prefill_paths, device)
+        self._prefill = _prefill_path(kernels, found, shape, prefill_paths, device, expanded_tokens)
+        self._tiled = OwnPrefill(kernels, shape)
         self._gather = kernels.get("attention", "gather_blocks", "PPPPPii")
 
         paths = self._decode.values()
@@ -133,7 +154,7 @@ class CudaAttention:
         )
         self._counters = torch.zeros(max(path.counters for path in paths), dtype=torch.int32, device=device)
         uses_table = any(isinstance(path, Xqa) for path in paths)
-        uses_list = isinstance(self._prefill, PagedPrefill)
+        uses_list = not isinstance(self._prefill, OwnPrefill)
         self._page_table = torch.zeros(
             # The second half is for the plan of a mixed step's last tokens, beside the step's own.
             (2 * max_rows if uses_table else 0, max_blocks),
@@ -148,7 +169,7 @@ class CudaAttention:
     def workspace_bytes(self) -> int:
         """Device memory that was allocated for good."""
         tensors = (self._scratch, self._counters, self._page_table, self._page_list)
-        planned = self._prefill.device_bytes if isinstance(self._prefill, PagedPrefill) else 0
+        planned = 0 if isinstance(self._prefill, OwnPrefill) else self._prefill.device_bytes
         return sum(tensor.nbytes for tensor in tensors) + planned
 
     def decode_path(self, rows: int) -> DecodePath:
@@ -223,8 +244,16 @@ class CudaAttention:
                 rule = self.decode_rule(rows.count, sum(kv_lengths[first:last]) / rows.count)
                 parts.append(self._decode_part(first, q_starts[first], rows, rule))
             else:
-                starts, lengths = q_starts[first : last + 1], kv_lengths[first:last]
-                parts.append(self._prefill_part(rows, starts, lengths, q_starts_device[first : last + 1]))
+                fitting = last
+                if isinstance(self._prefill, ExpandedPrefill):
+                    fitting = first + self._prefill.fitting(kv_lengths[first:last])
+                for start, stop, prefill in ((first, fitting, self._prefill), (fitting, last, self._tiled)):
+                    if start < stop:
+                        some = slice(start, stop)
+                        here = Rows(stop - start, slots_device[some], kv_lengths_device[some], block_tables)
+                        ends = slice(start, stop + 1)
+                        lengths, on_device = kv_lengths[some], q_starts_device[ends]
+                        parts.append(self._prefill_part(prefill, here, q_starts[ends], lengths, on_device))
         return PagedPlan(q_starts[-1], tuple(parts))
 
     def run(
@@ -264,17 +293,26 @@ class CudaAttention:
         return _Part(first_token, rows.count, partial(path.launch, rows, table, scratch, counters))
 
     def _prefill_part(
-        self, rows: Rows, q_starts: list[int], kv_lengths: list[int], q_starts_device: torch.Tensor
+        self,
+        prefill: PagedPrefill | ExpandedPrefill | OwnPrefill,
+        rows: Rows,
+        q_starts: list[int],
+        kv_lengths: list[int],
+        q_starts_device: torch.Tensor,
     ) -> _Part:
         first, count = q_starts[0], q_starts[-1] - q_starts[0]
         launch: Callable[[torch.Tensor, LayerCache, torch.Tensor], None]
-        if isinstance(self._prefill, OwnPrefill):
+        if isinstance(prefill, OwnPrefill):
             tiles = OwnPrefill.tiles([after - before for before, after in pairwise(q_starts)])
-            launch = partial(self._prefill.launch, rows, tiles, q_starts_device)
+            launch = partial(prefill.launch, rows, tiles, q_starts_device)
         else:
-            plan = self._prefill.plan([start - first for start in q_starts], kv_lengths)
+            plan = prefill.plan([start - first for start in q_starts], kv_lengths)
             self._gather_blocks(rows, plan.page_starts, self._page_list)
-            launch = partial(self._prefill.launch, plan, self._page_list)
+            if isinstance(prefill, ExpandedPrefill):
+                num_pages = prefill.pages(kv_lengths)
+                launch = partial(prefill.launch, plan, num_pages, self._page_list)
+            else:
+                launch = partial(prefill.launch, plan, self._page_list)
         return _Part(first, count, launch)
 
     def _gather_blocks(self, rows: Rows, starts: torch.Tensor | int, out: torch.Tensor) -> None:

@@ -17,12 +17,16 @@ _TENSOR_BLOCKS = {64: 4, 128: 3, 256: 2}
 _VECTOR_BLOCKS = 3
 _RING_DIM = 128
 _RING_TILE_TOKENS = 16
-_RING_TILE_BYTES = 2 * _RING_TILE_TOKENS * _RING_DIM * 2
+_RING_TILE_ELEMENTS = 2 * _RING_TILE_TOKENS * _RING_DIM
 _RINGS: dict[DecodePath, tuple[int, int, int, int]] = {
     "ring_2x3": (2, 3, 4, 1),
     "ring_4x2": (4, 2, 3, 1),
     "ring_8x2": (8, 2, 1, 1),
     "ring_8x2_by_2": (8, 2, 1, 2),
+    "ring_2x6_e4m3": (2, 6, 4, 1),
+    "ring_4x4_e4m3": (4, 4, 3, 1),
+    "ring_8x4_e4m3": (8, 4, 1, 1),
+    "ring_8x4_by_2_e4m3": (8, 4, 1, 2),
 }
 """Warps of a block, tiles of a warp, blocks that a multiprocessor has memory for, blocks of a cluster."""
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -42,11 +46,18 @@ class Shape:
     max_rows: int
     max_blocks: int
     step_tokens: int
+    is_float8: bool = False
+    """Whether the cache is in e4m3 with scales; queries and outputs are in ``dtype`` all the same."""
 
     @property
     def ratio(self) -> int:
         """Query heads of a KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def kernel_suffix(self) -> str:
+        """What the names of our kernels end with, after the form: the dtypes."""
+        return _DTYPE_NAMES[self.dtype] + ("_e4m3" if self.is_float8 else "")
 
     @property
     def max_context(self) -> int:
@@ -84,6 +95,13 @@ def split(pairs: int, context: int, blocks_at_once: int, tokens: int) -> int:
     return max(1, min(count, _MOST_SPLITS, -(-context // tokens)))
 
 
+def _ring_tile_bytes(shape: Shape) -> int:
+    if shape.is_float8:
+        # A byte an element, and one for each token's key and value.
+        return _RING_TILE_ELEMENTS + 2 * _RING_TILE_TOKENS
+    return 2 * _RING_TILE_ELEMENTS
+
+
 class OwnDecode:
     """One query token a row. Capturable: how a row is split is decided on the device."""
 
@@ -110,13 +128,13 @@ class OwnDecode:
             assert split_tokens & (split_tokens - 1) == 0, split_tokens
             self._kernel = kernels.get("attention", f"decode_{path}", "PPPPPiiPPPiiiiif")
             self._heads, self._threads = 8, 32 * warps
-            self._shared_bytes = warps * stages * _RING_TILE_BYTES
+            self._shared_bytes = warps * stages * _ring_tile_bytes(shape)
         elif path == "tensor":
             dims = next(d for d in _TENSOR_BLOCKS if d >= largest)
             self._kernel = kernels.get("attention", f"decode_tensor_{dims}", "PPPPPiiPPPiiiiif")
             self._heads, blocks = 8, _TENSOR_BLOCKS[dims]
         else:
-            name = f"decode_vector_{_DTYPE_NAMES[shape.dtype]}"
+            name = f"decode_vector_{shape.kernel_suffix}"
             self._kernel = kernels.get("attention", name, "PPPPPiiPPPiiiiifi")
             self._heads, blocks = 4, _VECTOR_BLOCKS
             self._arguments += (1 << (largest // 8 - 1).bit_length(),)
@@ -135,7 +153,9 @@ class OwnDecode:
             is_power_of_two = shape.block_tokens & (shape.block_tokens - 1) == 0
             if not is_power_of_two or not shape.key_dim == shape.value_dim == _RING_DIM:
                 return False
-        elif path != "tensor":
+            if path.endswith("_e4m3") != shape.is_float8:
+                return False
+        elif path != "tensor" or shape.is_float8:
             return False
         return shape.dtype == torch.bfloat16 and shape.block_tokens % 16 == 0
 
@@ -192,7 +212,7 @@ class OwnPrefill:
     def __init__(self, kernels: Kernels, shape: Shape) -> None:
         self._shape = shape
         dims = next(d for d in _TENSOR_BLOCKS if d >= shape.value_dim)
-        name = f"prefill_{_DTYPE_NAMES[shape.dtype]}_{dims}"
+        name = f"prefill_{shape.kernel_suffix}_{dims}"
         self._kernel = kernels.get("attention", name, "PPPPPiiPPiiiiif")
         self._scale = _LOG2_E / math.sqrt(shape.key_dim)
         self._shared_bytes = _TILE * (2 * (shape.key_dim + 4) + shape.value_dim + 4) * 4

@@ -7,9 +7,19 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-RingPath = Literal["ring_2x3", "ring_4x2", "ring_8x2", "ring_8x2_by_2"]
+RingPath = Literal[
+    "ring_2x3",
+    "ring_4x2",
+    "ring_8x2",
+    "ring_8x2_by_2",
+    "ring_2x6_e4m3",
+    "ring_4x4_e4m3",
+    "ring_8x4_e4m3",
+    "ring_8x4_by_2_e4m3",
+]
 """Our kernel for bf16 dims of 128: warps of a block x tiles of 16 tokens that each has in shared memory.
 
+``e4m3``: of a float8 cache, whose tiles are half as large, so that there are twice as many.
 ``by``: so many blocks, a cluster, share a row whatever its length and ``split_tokens``.
 """
 DecodePath = RingPath | Literal["xqa", "xqa_wide", "tensor", "vector"]
@@ -42,6 +52,12 @@ DECODE_PATHS = (
     DecodeRule("ring_8x2_by_2", min_rows=7, max_rows=16),
     DecodeRule("ring_2x3", min_rows=17, max_rows=127, split_tokens=256),
     DecodeRule("ring_4x2", min_rows=128, split_tokens=256),
+    # As many bytes under way as in bf16.
+    DecodeRule("ring_8x4_by_2_e4m3", max_rows=6, below_context=1024),
+    DecodeRule("ring_8x4_e4m3", max_rows=6),
+    DecodeRule("ring_8x4_by_2_e4m3", min_rows=7, max_rows=16),
+    DecodeRule("ring_2x6_e4m3", min_rows=17, max_rows=127, split_tokens=256),
+    DecodeRule("ring_4x4_e4m3", min_rows=128, split_tokens=256),
     DecodeRule("xqa"),
     DecodeRule("tensor", max_rows=16),
     DecodeRule("tensor", min_rows=17, split_tokens=512),

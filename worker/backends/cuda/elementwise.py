@@ -18,6 +18,7 @@ _FEW_THREADS = 128
 _MAX_THREADS = 1024
 _NORM_CHUNKS = (1, 2, 4)
 _NORM_SCALAR_CHUNKS = 16
+_LARGEST_FLOAT8_DIM = 256
 _FEW_ROWS = 128
 """Up to about a row for each multiprocessor, a row is spread over as many threads as it can use."""
 
@@ -94,8 +95,12 @@ class Elementwise:
         assert lines.dtype == torch.int64, lines.dtype
         assert lines.shape == (tokens,), (lines.shape, tokens)
         assert rotation.shape == (tokens, 3, half), (rotation.shape, tokens, half)
-        assert rotation.dtype == qkv.dtype == cache.lines.dtype, (rotation.dtype, cache.lines.dtype)
+        assert rotation.dtype == qkv.dtype, (rotation.dtype, qkv.dtype)
         queries = qkv.new_empty(tokens, heads * cache.key_dim)
+        if cache.is_float8:
+            self._store_float8(qkv, rotation, cache, lines, queries)
+            return queries
+        assert qkv.dtype == cache.lines.dtype, (qkv.dtype, cache.lines.dtype)
         pack = _width((qkv, rotation, queries, cache.lines), (half, stored_values))
         kernel = self._get(f"rope_store_{_NAMES[qkv.dtype]}_{pack}", "PPPPPiiii")
         if tokens:
@@ -116,6 +121,40 @@ class Elementwise:
                 ),
             )
         return queries
+
+    def _store_float8(
+        self,
+        qkv: torch.Tensor,
+        rotation: torch.Tensor,
+        cache: LayerCache,
+        lines: torch.Tensor,
+        queries: torch.Tensor,
+    ) -> None:
+        tokens, heads = qkv.shape[0], queries.shape[1] // cache.key_dim
+        assert cache.key_dim % 8 == cache.value_dim % 8 == 0, (cache.key_dim, cache.value_dim)
+        assert max(cache.key_dim, cache.value_dim) <= _LARGEST_FLOAT8_DIM, (cache.key_dim, cache.value_dim)
+        assert qkv.is_contiguous(), qkv.stride()
+        assert rotation.is_contiguous(), rotation.stride()
+        kernel = self._get(f"rope_store_e4m3_{_NAMES[qkv.dtype]}", "PPPPPiiiii")
+        if tokens:
+            # A warp a head.
+            grid, threads = _spread(tokens, 32 * (heads + 2 * cache.heads))
+            kernel(
+                grid,
+                threads,
+                (
+                    qkv,
+                    rotation,
+                    lines,
+                    queries,
+                    cache.lines,
+                    heads,
+                    cache.heads,
+                    cache.key_dim,
+                    cache.value_dim,
+                    cache.page_tokens,
+                ),
+            )
 
     def _get(self, name: str, signature: str) -> Kernel:
         kernel = self._known.get(name)

@@ -60,7 +60,7 @@ def prefill_name(dim: int, is_fa3: bool) -> str:
 
 
 def _is_plain(shape: Shape) -> bool:
-    return shape.dtype == torch.bfloat16 and shape.key_dim == shape.value_dim
+    return shape.dtype == torch.bfloat16 and shape.key_dim == shape.value_dim and not shape.is_float8
 
 
 def _pages(cache: LayerCache, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:

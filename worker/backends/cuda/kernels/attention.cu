@@ -312,10 +312,12 @@ __device__ void decode_tensor(const bf16* queries, const bf16* cache, Rows rows,
 
 // The same products for dims of 128, with a ring of STAGES tiles of 16 tokens in shared memory for each warp:
 // many bytes are under way, and the warps of a block meet only at the end. A tile is the keys, then the values; a
-// token's 16 chunks of 16 bytes stand in an order that depends on the token, so that no banks collide.
+// token's chunks of 16 bytes, 16 in bf16 and 8 in e4m3, stand in an order that depends on the token, so that no banks
+// collide. Behind the tiles of e4m3 stand their tokens' scales, the keys' and then the values'. Its chunks are moved by
+// the same instructions as pairs of elements, so each product has its dims in an order of its own.
 // Where CLUSTER > 1, the grid's x is a cluster of so many blocks; they share a row, whatever its length, and
 // merge through each other's shared memory. block_tokens and split_tokens are powers of two.
-constexpr int TILE_TOKENS = 16, TOKEN_BYTES = 256, KEYS_BYTES = TILE_TOKENS * TOKEN_BYTES;
+constexpr int TILE_TOKENS = 16;
 
 // Here, and not only where the value is needed: two such reads are under way together.
 __device__ __forceinline__ int read_now(const int* from) {
@@ -329,7 +331,7 @@ __device__ __forceinline__ u32 shared_address(const void* at) {
 }
 
 // Zeros where it is not valid: then `from` is not read.
-__device__ __forceinline__ void copy_16(u32 to, const bf16* from, bool is_valid) {
+__device__ __forceinline__ void copy_16(u32 to, const void* from, bool is_valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                :: "r"(to), "l"(from), "r"(is_valid ? 16 : 0)
                : "memory");
@@ -354,6 +356,20 @@ __device__ __forceinline__ void read_transposed(u32 (&x)[4], u32 at) {
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(at)
                : "memory");
+}
+
+// Times 2^120, both halves: what takes bf16's exponent from e4m3's.
+__device__ __forceinline__ u32 rebias(u32 x) {
+  u32 y;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(0x7b807b80u));
+  return y;
+}
+
+// Two of four e4m3 codes as bf16; PICK names the bytes to become the high ones of the halves.
+constexpr u32 FIRST_TWO = 0x1404, LAST_TWO = 0x3424, EVEN_TWO = 0x2404, ODD_TWO = 0x3414;
+template <u32 PICK> __device__ __forceinline__ u32 widened(u32 codes) {
+  const u32 x = __byte_perm(codes, 0, PICK);
+  return rebias((x & 0x80008000u) | (x >> 4 & 0x07f007f0u));
 }
 
 __device__ __forceinline__ void cluster_sync() {
@@ -413,10 +429,14 @@ __device__ void finish_cluster(const Parts<HEADS, PITCH, WARPS>& parts, Whole<HE
   cluster_sync();  // no block leaves before it was read
 }
 
-template <int WARPS, int STAGES, int CLUSTER>
-__device__ void decode_ring(const bf16* queries, const bf16* cache, Rows rows, bf16* out, float* partial,
+template <typename C, int WARPS, int STAGES, int CLUSTER>
+__device__ void decode_ring(const bf16* queries, const C* cache, Rows rows, bf16* out, float* partial,
                             int* done, Shape shape, int split_tokens, float scale) {
-  constexpr int DIMS = 128, HEADS = 8, STEPS = DIMS / 16, TILE_BYTES = 2 * KEYS_BYTES;
+  constexpr bool IS_E4M3 = sizeof(C) == 1;
+  constexpr int DIMS = 128, HEADS = 8, STEPS = DIMS / 16, TOKEN_BYTES = DIMS * sizeof(C);
+  constexpr int KEYS_BYTES = TILE_TOKENS * TOKEN_BYTES, TILE_BYTES = 2 * KEYS_BYTES;
+  // A token is copied by so many lanes, and so many tokens at once.
+  constexpr int LANES = TOKEN_BYTES / 16, AT_ONCE = 32 / LANES, COPIES = 8 / AT_ONCE;
   extern __shared__ __align__(256) unsigned char ring[];
   // Four floats more a head than there are dims: the heads that a warp writes at once lie in banks of their own.
   using Found = Parts<HEADS, DIMS + 4, WARPS>;
@@ -424,12 +444,15 @@ __device__ void decode_ring(const bf16* queries, const bf16* cache, Rows rows, b
   static_assert(sizeof(Found) + sizeof(Ours) <= WARPS * STAGES * TILE_BYTES, "the ring holds what was found");
   let_next_start();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, part = lane % 4;
-  const int chunk = lane % 16, odd = lane / 16, eighth = lane / 8, within = lane % 8;
+  const int chunk = lane % LANES, mine = lane / LANES, eighth = lane / 8, within = lane % 8;
   const u32 begin = shared_address(ring) + warp * STAGES * TILE_BYTES, end = begin + STAGES * TILE_BYTES;
-  // Copies go to token 2 * j + odd; a matrix of 8x8 takes its row `within` from lane 8 * matrix + within.
-  u32 copy_to[4];
+  // Copies go to token AT_ONCE * j + mine; a matrix of 8x8 takes its row `within` from lane 8 * matrix + within.
+  u32 copy_to[COPIES];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) copy_to[j] = (2 * j + odd) * TOKEN_BYTES + (chunk ^ (2 * j + odd)) * 16;
+  for (int j = 0; j < COPIES; ++j) {
+    const int token = AT_ONCE * j + mine;
+    copy_to[j] = token * TOKEN_BYTES + (chunk ^ token) * 16;
+  }
   const u32 key_at = (eighth % 2 * 8 + within) * TOKEN_BYTES + (eighth / 2 ^ within) * 16;
   const u32 value_at = KEYS_BYTES + (eighth / 2 * 8 + within) * TOKEN_BYTES + (eighth % 2 ^ within) * 16;
   const int ratio = shape.heads / shape.kv_heads, head_tiles = (ratio + HEADS - 1) / HEADS;
@@ -438,8 +461,10 @@ __device__ void decode_ring(const bf16* queries, const bf16* cache, Rows rows, b
   const int row = blockIdx.z;
   const i64 head = static_cast<i64>(row) * shape.heads + kv_head * ratio + first;
   const int width = shape.width();
-  const bf16* keys = cache + static_cast<i64>(odd) * width + kv_head * DIMS + chunk * 8;
+  const C* keys = cache + static_cast<i64>(mine) * width + kv_head * DIMS + chunk * (16 / sizeof(C));
   const int values = shape.kv_heads * DIMS;
+  const Pages pages{shape.kv_heads, width, rows.block_tokens};
+  unsigned char* scales = ring + WARPS * STAGES * TILE_BYTES + warp * STAGES * 2 * TILE_TOKENS;
   wait_for_previous();
 
   const int length = read_now(rows.lengths + row), slot = read_now(rows.slots + row);
@@ -464,14 +489,19 @@ __device__ void decode_ring(const bf16* queries, const bf16* cache, Rows rows, b
     }
     const int line = __shfl_sync(~0u, lines, i % 32), tile = first_tile + i * stride;
     if (tile < tiles) {
-      const bf16* from = keys + static_cast<i64>(line) * width;
-      const int left = length - tile * TILE_TOKENS - odd;
+      const int block = line >> block_shift, token = line & (rows.block_tokens - 1);
+      const C* from = keys + (IS_E4M3 ? pages.line(block, token) : static_cast<i64>(line) * width);
+      const int left = length - tile * TILE_TOKENS - mine;
 #pragma unroll
-      for (int j = 0; j < TILE_TOKENS / 2; ++j) {
-        const u32 to = stage + copy_to[j % 4] + j / 4 * 8 * TOKEN_BYTES;
-        copy_16(to, from, 2 * j < left);
-        copy_16(to + KEYS_BYTES, from + values, 2 * j < left);
-        from += 2 * width;
+      for (int j = 0; j < TILE_TOKENS / AT_ONCE; ++j) {
+        const u32 to = stage + copy_to[j % COPIES] + j / COPIES * 8 * TOKEN_BYTES;
+        copy_16(to, from, AT_ONCE * j < left);
+        copy_16(to + KEYS_BYTES, from + values, AT_ONCE * j < left);
+        from += AT_ONCE * width;
+      }
+      if (IS_E4M3 && lane < 2) {
+        const u32 to = shared_address(scales) + ((stage - begin) / TILE_BYTES * 2 + lane) * TILE_TOKENS;
+        copy_16(to, cache + pages.scale(block, token, kv_head, lane), true);
       }
     }
     end_copies();
@@ -480,11 +510,11 @@ __device__ void decode_ring(const bf16* queries, const bf16* cache, Rows rows, b
   for (int i = 0; i < STAGES; ++i) read(i, begin + i * TILE_BYTES);
   u32 q[STEPS][2] = {};
   if (group < count) {
-    const u32* from = reinterpret_cast<const u32*>(queries + (head + group) * DIMS) + part;
+    const u32* from = reinterpret_cast<const u32*>(queries + (head + group) * DIMS) + part * (IS_E4M3 ? 2 : 1);
 #pragma unroll
     for (int j = 0; j < STEPS; ++j) {
       q[j][0] = from[j * 8];
-      q[j][1] = from[j * 8 + 4];
+      q[j][1] = from[j * 8 + (IS_E4M3 ? 1 : 4)];
     }
   }
 
@@ -498,15 +528,35 @@ __device__ void decode_ring(const bf16* queries, const bf16* cache, Rows rows, b
 #pragma unroll
     for (int j = 0; j < STEPS; j += 2) {
       u32 a[4], b[4];
-      read_matrices(a, (stage + key_at) ^ (j * 32));
-      read_matrices(b, (stage + key_at) ^ (j * 32 + 32));
+      if constexpr (IS_E4M3) {
+        u32 x[4];
+        read_matrices(x, (stage + key_at) ^ (j * 16));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          a[i] = widened<FIRST_TWO>(x[i]), a[i + 2] = widened<LAST_TWO>(x[i]);
+          b[i] = widened<FIRST_TWO>(x[i + 2]), b[i + 2] = widened<LAST_TWO>(x[i + 2]);
+        }
+      } else {
+        read_matrices(a, (stage + key_at) ^ (j * 32));
+        read_matrices(b, (stage + key_at) ^ (j * 32 + 32));
+      }
       multiply(s, a[0], a[1], a[2], a[3], q[j][0], q[j][1]);
       multiply(t, b[0], b[1], b[2], b[3], q[j + 1][0], q[j + 1][1]);
+    }
+    // Of the keys and values of tokens `group` and group + 8; nothing counts beyond the row's end.
+    float key_scales[2] = {1.0f, 1.0f}, value_scales[2] = {1.0f, 1.0f};
+    if constexpr (IS_E4M3) {
+      const unsigned char* found = scales + (stage - begin) / TILE_BYTES * 2 * TILE_TOKENS + group;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        key_scales[j] = scale_of(found[j * 8]);
+        value_scales[j] = tile * TILE_TOKENS + j * 8 + group < length ? scale_of(found[TILE_TOKENS + j * 8]) : 0.0f;
+      }
     }
     // s[0], s[1]: token `group` and heads 2 * part, 2 * part + 1; s[2], s[3]: token group + 8.
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      s[j] = tile * TILE_TOKENS + j / 2 * 8 + group < length ? (s[j] + t[j]) * scale : NONE;
+      s[j] = tile * TILE_TOKENS + j / 2 * 8 + group < length ? (s[j] + t[j]) * scale * key_scales[j / 2] : NONE;
     float p[4];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -522,18 +572,26 @@ __device__ void decode_ring(const bf16* queries, const bf16* cache, Rows rows, b
         sums[j][h + 2] *= fade;
       }
     }
-    const u32 p_low = transposed(p[0], p[1]), p_high = transposed(p[2], p[3]);
+    const u32 p_low = transposed(p[0] * value_scales[0], p[1] * value_scales[0]);
+    const u32 p_high = transposed(p[2] * value_scales[1], p[3] * value_scales[1]);
 #pragma unroll
-    for (int j = 0; j < STEPS; ++j) {
+    for (int j = 0; j < STEPS; j += IS_E4M3 ? 2 : 1) {
       u32 v[4];
-      read_transposed(v, (stage + value_at) ^ (j * 32));
-      multiply(sums[j], v[0], v[1], v[2], v[3], p_low, p_high);
+      read_transposed(v, (stage + value_at) ^ (j * (IS_E4M3 ? 16 : 32)));
+      if constexpr (IS_E4M3) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          multiply(sums[j + i], widened<EVEN_TWO>(v[i]), widened<ODD_TWO>(v[i]), widened<EVEN_TWO>(v[i + 2]),
+                   widened<ODD_TWO>(v[i + 2]), p_low, p_high);
+      } else {
+        multiply(sums[j], v[0], v[1], v[2], v[3], p_low, p_high);
+      }
     }
     __syncwarp();
     read(i + STAGES, stage);
     stage = stage + TILE_BYTES == end ? begin : stage + TILE_BYTES;
   }
-  // sums[j][h], sums[j][h + 2]: dims 16 * j + group and 8 more, of head 2 * part + h.
+  // sums[j][h], sums[j][h + 2]: dims 16 * j + group and 8 more, or 16 * j + 2 * group and 1 more; head 2 * part + h.
   __syncthreads();
   Found& parts = *reinterpret_cast<Found*>(ring);
 #pragma unroll
@@ -545,8 +603,9 @@ __device__ void decode_ring(const bf16* queries, const bf16* cache, Rows rows, b
     }
 #pragma unroll
     for (int j = 0; j < STEPS; ++j) {
-      parts.sums[warp][part * 2 + h][j * 16 + group] = sums[j][h];
-      parts.sums[warp][part * 2 + h][j * 16 + group + 8] = sums[j][h + 2];
+      float* to = &parts.sums[warp][part * 2 + h][j * 16 + (IS_E4M3 ? 2 * group : group)];
+      to[0] = sums[j][h];
+      to[IS_E4M3 ? 1 : 8] = sums[j][h + 2];
     }
   }
   if constexpr (CLUSTER > 1)
@@ -555,10 +614,50 @@ __device__ void decode_ring(const bf16* queries, const bf16* cache, Rows rows, b
     finish<bf16>(parts, out + head * DIMS, partial, done, count, DIMS, splits);
 }
 
+// A token's line of the cache, eight neighbouring elements of a head at a time.
+template <typename C> struct Line {
+  const C* elements;
+  Shape shape;
+
+  __device__ Line(const C* cache, const Rows& rows, const int* blocks, int token, const Shape& shape)
+      : elements(cache + rows.line(blocks, token) * shape.width()), shape(shape) {}
+  __device__ void key(int head, int dim, float (&x)[8]) const {
+    load<C, 8>(elements + head * shape.key_dim + dim, x);
+  }
+  __device__ void value(int head, int dim, float (&x)[8]) const {
+    load<C, 8>(elements + shape.kv_heads * shape.key_dim + head * shape.value_dim + dim, x);
+  }
+};
+
+template <> struct Line<e4m3> {
+  const e4m3* cache;
+  Pages pages;
+  Shape shape;
+  int block, token;
+
+  __device__ Line(const e4m3* cache, const Rows& rows, const int* blocks, int token, const Shape& shape)
+      : cache(cache), pages{shape.kv_heads, shape.width(), rows.block_tokens}, shape(shape),
+        block(blocks[token / rows.block_tokens]), token(token % rows.block_tokens) {}
+  __device__ void key(int head, int dim, float (&x)[8]) const { read(head, 0, head * shape.key_dim + dim, x); }
+  __device__ void value(int head, int dim, float (&x)[8]) const {
+    read(head, 1, shape.kv_heads * shape.key_dim + head * shape.value_dim + dim, x);
+  }
+  __device__ void read(int head, int part, int at, float (&x)[8]) const {
+    const float scale = scale_of(cache[pages.scale(block, token, head, part)].bits);
+    const Pack<e4m3, 8> codes = *reinterpret_cast<const Pack<e4m3, 8>*>(cache + pages.line(block, token) + at);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const u32 code = codes.at[i].bits;
+      // The exponent in a float's place is 120 too small.
+      x[i] = __uint_as_float((code & 0x80) << 24 | (code & 0x7f) << 20) * 0x1p120f * scale;
+    }
+  }
+};
+
 // Decode on the CUDA cores, for float32 and for what the tensor cores' kernel does not take. `lanes` lanes, a
 // power of two, hold a token's dims, 8 each; each such group of lanes goes its own way over the tokens.
-template <typename T>
-__device__ void decode_vector(const T* queries, const T* cache, Rows rows, T* out, float* partial, int* done,
+template <typename T, typename C>
+__device__ void decode_vector(const T* queries, const C* cache, Rows rows, T* out, float* partial, int* done,
                               Shape shape, int split_tokens, float scale, int lanes) {
   constexpr int HEADS = 4, AHEAD = 4;
   __shared__ Parts<HEADS, 256> parts;
@@ -572,10 +671,7 @@ __device__ void decode_vector(const T* queries, const T* cache, Rows rows, T* ou
   const int kv_head = blockIdx.y / head_tiles, first = blockIdx.y % head_tiles * HEADS;
   const int count = min(HEADS, ratio - first);
   const i64 head = static_cast<i64>(row) * shape.heads + kv_head * ratio + first;
-  const int width = shape.width();
   const int* blocks = rows.blocks(row);
-  const T* keys = cache + kv_head * shape.key_dim + dim;
-  const T* values = cache + shape.kv_heads * shape.key_dim + kv_head * shape.value_dim + dim;
   const bool has_key = dim < shape.key_dim, has_value = dim < shape.value_dim;
 
   float q[HEADS][8] = {}, sums[HEADS][8] = {}, top[HEADS], total[HEADS];
@@ -595,9 +691,9 @@ __device__ void decode_vector(const T* queries, const T* cache, Rows rows, T* ou
     for (int a = 0; a < AHEAD; ++a) {
       const int token = base + lane / lanes + a * stride;
       if (token < length) {
-        const i64 at = rows.line(blocks, token) * width;
-        if (has_key) load<T, 8>(keys + at, k[a]);
-        if (has_value) load<T, 8>(values + at, v[a]);
+        const Line<C> line(cache, rows, blocks, token, shape);
+        if (has_key) line.key(kv_head, dim, k[a]);
+        if (has_value) line.value(kv_head, dim, v[a]);
       }
     }
 #pragma unroll
@@ -652,17 +748,14 @@ __device__ void decode_vector(const T* queries, const T* cache, Rows rows, T* ou
 // Grid: (tiles of all rows, heads). Query tokens of row r are starts[r] .. starts[r + 1] - 1, less starts[0].
 constexpr int TILE = 32;
 
-template <typename T>
-__device__ __forceinline__ void fill(float* to, int pitch, const T* from, bool is_valid, int token, int i) {
-  float x[8] = {};
-  if (is_valid) load<T, 8>(from, x);
+__device__ __forceinline__ void fill(float* to, int pitch, const float (&x)[8], int token, int i) {
 #pragma unroll
   for (int k = 0; k < 8; k += 4)
     *reinterpret_cast<float4*>(to + token * pitch + i + k) = make_float4(x[k], x[k + 1], x[k + 2], x[k + 3]);
 }
 
-template <typename T, int DIMS>
-__device__ void prefill(const T* queries, const T* cache, Rows rows, const int* starts, T* out, Shape shape,
+template <typename T, typename C, int DIMS>
+__device__ void prefill(const T* queries, const C* cache, Rows rows, const int* starts, T* out, Shape shape,
                         int num_rows, float scale) {
   extern __shared__ float4 shared[];
   const int key_pitch = shape.key_dim + 4, value_pitch = shape.value_dim + 4;
@@ -698,16 +791,14 @@ __device__ void prefill(const T* queries, const T* cache, Rows rows, const int* 
   const i64 first = begin - starts[0] + tile * TILE;
   const int here = min(TILE, tokens - tile * TILE);
   const int head = blockIdx.y, kv_head = head / (shape.heads / shape.kv_heads);
-  const int width = shape.width();
   const int* blocks = rows.blocks(row);
-  const T* keys = cache + kv_head * shape.key_dim;
-  const T* values = cache + shape.kv_heads * shape.key_dim + kv_head * shape.value_dim;
 
   const int key_chunks = shape.key_dim / 8, value_chunks = shape.value_dim / 8;
   for (int c = threadIdx.x; c < TILE * key_chunks; c += THREADS) {
     const int token = c / key_chunks, i = c % key_chunks * 8;
-    fill<T>(q, key_pitch, queries + ((first + token) * shape.heads + head) * shape.key_dim + i,
-            token < here, token, i);
+    float x[8] = {};
+    if (token < here) load<T, 8>(queries + ((first + token) * shape.heads + head) * shape.key_dim + i, x);
+    fill(q, key_pitch, x, token, i);
   }
   const int query = threadIdx.x / 4, part = threadIdx.x % 4;
   const int position = length - tokens + tile * TILE + query;
@@ -720,15 +811,15 @@ __device__ void prefill(const T* queries, const T* cache, Rows rows, const int* 
     __syncthreads();
     for (int c = threadIdx.x; c < TILE * key_chunks; c += THREADS) {
       const int token = c / key_chunks, i = c % key_chunks * 8;
-      const bool is_valid = base + token < end;
-      const i64 line = is_valid ? rows.line(blocks, base + token) : 0;
-      fill<T>(k, key_pitch, keys + line * width + i, is_valid, token, i);
+      float x[8] = {};
+      if (base + token < end) Line<C>(cache, rows, blocks, base + token, shape).key(kv_head, i, x);
+      fill(k, key_pitch, x, token, i);
     }
     for (int c = threadIdx.x; c < TILE * value_chunks; c += THREADS) {
       const int token = c / value_chunks, i = c % value_chunks * 8;
-      const bool is_valid = base + token < end;
-      const i64 line = is_valid ? rows.line(blocks, base + token) : 0;
-      fill<T>(v, value_pitch, values + line * width + i, is_valid, token, i);
+      float x[8] = {};
+      if (base + token < end) Line<C>(cache, rows, blocks, base + token, shape).value(kv_head, i, x);
+      fill(v, value_pitch, x, token, i);
     }
     __syncthreads();
     float s[TILE / 4] = {};
@@ -804,6 +895,27 @@ extern "C" __global__ void __launch_bounds__(128) gather_blocks(const int* table
   for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
 }
 
+// Pages of an e4m3 cache in bf16, which holds them exactly: page i of `out` is block blocks[i]. Grid: (pages, pieces
+// of a page); a thread takes eight elements.
+extern "C" __global__ void __launch_bounds__(256) expand_pages(const e4m3* cache, const int* blocks, bf16* out,
+                                                               int kv_heads, int key_dim, int value_dim,
+                                                               int block_tokens) {
+  let_next_start();
+  wait_for_previous();
+  const Shape shape{kv_heads, kv_heads, key_dim, value_dim};
+  const int width = shape.width(), item = blockIdx.y * blockDim.x + threadIdx.x;
+  if (item >= block_tokens * (width / 8)) return;
+  const int token = item / (width / 8), at = item % (width / 8) * 8, keys = kv_heads * key_dim;
+  const Line<e4m3> line(cache, Rows{blocks + blockIdx.x, nullptr, nullptr, 0, block_tokens}, blocks + blockIdx.x,
+                        token, shape);
+  float x[8];
+  if (at < keys)
+    line.key(at / key_dim, at % key_dim, x);
+  else
+    line.value((at - keys) / value_dim, (at - keys) % value_dim, x);
+  store<bf16, 8>(out + (static_cast<i64>(blockIdx.x) * block_tokens + token) * width + at, x);
+}
+
 #define ROWS const int *tables, const int *slots, const int *lengths, int max_blocks, int block_tokens
 #define SHAPE int heads, int kv_heads, int key_dim, int value_dim
 #define TENSOR(DIMS, BLOCKS)                                                                                  \
@@ -817,39 +929,44 @@ TENSOR(64, 4)
 TENSOR(128, 3)
 TENSOR(256, 2)
 
-#define RING(NAME, WARPS, STAGES, BLOCKS, CLUSTER, ATTRIBUTE)                                                 \
+#define RING(NAME, C, WARPS, STAGES, BLOCKS, CLUSTER, ATTRIBUTE)                                              \
   extern "C" __global__ void ATTRIBUTE __launch_bounds__(32 * WARPS, BLOCKS) decode_ring_##NAME(               \
-      const bf16* queries, const bf16* cache, ROWS, bf16* out, float* partial, int* done, SHAPE,               \
+      const bf16* queries, const C* cache, ROWS, bf16* out, float* partial, int* done, SHAPE,                  \
       int split_tokens, float scale) {                                                                         \
-    decode_ring<WARPS, STAGES, CLUSTER>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, \
-                                        out, partial, done, Shape{heads, kv_heads, key_dim, value_dim},        \
-                                        split_tokens, scale);                                                  \
+    decode_ring<C, WARPS, STAGES, CLUSTER>(                                                                    \
+        queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, out, partial, done,            \
+        Shape{heads, kv_heads, key_dim, value_dim}, split_tokens, scale);                                      \
   }
-RING(2x3, 2, 3, 4, 1, )
-RING(4x2, 4, 2, 3, 1, )
-RING(8x2, 8, 2, 1, 1, )
-RING(8x2_by_2, 8, 2, 1, 2, __cluster_dims__(2, 1, 1))
+RING(2x3, bf16, 2, 3, 4, 1, )
+RING(4x2, bf16, 4, 2, 3, 1, )
+RING(8x2, bf16, 8, 2, 1, 1, )
+RING(8x2_by_2, bf16, 8, 2, 1, 2, __cluster_dims__(2, 1, 1))
+RING(2x6_e4m3, e4m3, 2, 6, 4, 1, )
+RING(4x4_e4m3, e4m3, 4, 4, 3, 1, )
+RING(8x4_e4m3, e4m3, 8, 4, 1, 1, )
+RING(8x4_by_2_e4m3, e4m3, 8, 4, 1, 2, __cluster_dims__(2, 1, 1))
 
-#define VECTOR(NAME, T)                                                                                        \
+#define VECTOR(NAME, T, C)                                                                                      \
   extern "C" __global__ void __launch_bounds__(THREADS) decode_vector_##NAME(                                  \
-      const T* queries, const T* cache, ROWS, T* out, float* partial, int* done, SHAPE, int split_tokens,      \
+      const T* queries, const C* cache, ROWS, T* out, float* partial, int* done, SHAPE, int split_tokens,      \
       float scale, int lanes) {                                                                                \
-    decode_vector<T>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, out, partial,     \
-                     done, Shape{heads, kv_heads, key_dim, value_dim}, split_tokens, scale, lanes);            \
+    decode_vector<T, C>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, out, partial,  \
+                        done, Shape{heads, kv_heads, key_dim, value_dim}, split_tokens, scale, lanes);         \
   }
-VECTOR(bf16, bf16)
-VECTOR(f32, float)
+VECTOR(bf16, bf16, bf16)
+VECTOR(f32, float, float)
+VECTOR(bf16_e4m3, bf16, e4m3)
+VECTOR(f32_e4m3, float, e4m3)
 
-#define PREFILL(NAME, T, DIMS)                                                                              \
+#define PREFILL(NAME, T, C, DIMS)                                                                           \
   extern "C" __global__ void __launch_bounds__(THREADS) prefill_##NAME##_##DIMS(                            \
-      const T* queries, const T* cache, ROWS, const int* starts, T* out, SHAPE, int num_rows,               \
+      const T* queries, const C* cache, ROWS, const int* starts, T* out, SHAPE, int num_rows,               \
       float scale) {                                                                                        \
-    prefill<T, DIMS>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, starts, out,   \
-                     Shape{heads, kv_heads, key_dim, value_dim}, num_rows, scale);                          \
+    prefill<T, C, DIMS>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, starts,     \
+                        out, Shape{heads, kv_heads, key_dim, value_dim}, num_rows, scale);                  \
   }
-PREFILL(bf16, bf16, 64)
-PREFILL(bf16, bf16, 128)
-PREFILL(bf16, bf16, 256)
-PREFILL(f32, float, 64)
-PREFILL(f32, float, 128)
-PREFILL(f32, float, 256)
+#define PREFILLS(NAME, T, C) PREFILL(NAME, T, C, 64) PREFILL(NAME, T, C, 128) PREFILL(NAME, T, C, 256)
+PREFILLS(bf16, bf16, bf16)
+PREFILLS(f32, float, float)
+PREFILLS(bf16_e4m3, bf16, e4m3)
+PREFILLS(f32_e4m3, float, e4m3)

@@ -34,6 +34,25 @@ template <typename T, int N> __device__ __forceinline__ void store(T* to, const 
   *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
+// An element of a float8 cache. One of its pages holds the scales of its tokens, a byte each in the order head, key
+// or value, token; then their lines, of `width` elements. A scale is 2^(byte - 127).
+struct e4m3 { unsigned char bits; };
+
+struct Pages {
+  int kv_heads, width, block_tokens;
+
+  __device__ __forceinline__ int scales() const { return 2 * kv_heads * block_tokens; }
+  // First byte of a line, and of the scale of a head's key (0) or value (1) in it.
+  __device__ __forceinline__ i64 line(i64 block, int token) const {
+    return block * (block_tokens * width + scales()) + scales() + static_cast<i64>(token) * width;
+  }
+  __device__ __forceinline__ i64 scale(i64 block, int token, int head, int part) const {
+    return block * (block_tokens * width + scales()) + (head * 2 + part) * block_tokens + token;
+  }
+};
+
+__device__ __forceinline__ float scale_of(u32 byte) { return __uint_as_float(byte << 23); }
+
 // Programmatic dependent launch: nothing another kernel writes may be touched before `wait_for_previous`.
 // Every kernel waits, so that "the previous one is complete" holds for all before it too.
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

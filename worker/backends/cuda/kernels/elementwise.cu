@@ -116,6 +116,85 @@ __device__ void rope_store(const T* qkv, const T* rotation, const i64* lines, T*
   store<T, N>(to + half + i, out_high);
 }
 
+// The same, the cache in e4m3: a warp for a head of a token, up to 256 dims, multiples of 4. The scale is the least
+// power of two with which the largest magnitude is at most 448, e4m3's largest.
+__device__ __forceinline__ void store_codes(e4m3* to, float low, float high) {
+  unsigned short pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  *reinterpret_cast<unsigned short*>(to) = pair;
+}
+
+template <typename T>
+__device__ void rope_store_e4m3(const T* qkv, const T* rotation, const i64* lines, T* queries, e4m3* cache,
+                                int heads, int kv_heads, int key_dim, int value_dim, int block_tokens) {
+  constexpr int PAIRS = 2;
+  let_next_start();
+  wait_for_previous();
+  const i64 token = blockIdx.x, line = lines[token];
+  const int lane = threadIdx.x % 32, head = (blockIdx.y * blockDim.x + threadIdx.x) / 32;
+  const int part = head >= heads + kv_heads, kv_head = head - heads - part * kv_heads;
+  if (head >= heads + 2 * kv_heads || (head >= heads && line < 0)) return;
+  const int dim = part ? value_dim : key_dim, half = dim / 2, width = kv_heads * (key_dim + value_dim);
+  const int at = part ? kv_heads * key_dim + kv_head * value_dim : kv_head * key_dim;
+  const T* from = qkv + token * (heads * key_dim + width) + (head < heads ? head * key_dim : heads * key_dim + at);
+  const T* turn = rotation + token * 3 * (key_dim / 2);
+  float low[PAIRS][2] = {}, high[PAIRS][2] = {}, largest = 0.0f;
+#pragma unroll
+  for (int c = 0; c < PAIRS; ++c) {
+    const int i = (c * 32 + lane) * 2;
+    if (i >= half) continue;
+    load<T, 2>(from + i, low[c]);
+    load<T, 2>(from + half + i, high[c]);
+    if (!part) {
+      float cosine[2], sine[2];
+      load<T, 2>(turn + i, cosine);
+      load<T, 2>(turn + key_dim + i, sine);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float x = low[c][k], y = high[c][k];
+        low[c][k] = x * cosine[k] - y * sine[k];
+        high[c][k] = y * cosine[k] + x * sine[k];
+      }
+    }
+    if (head < heads) {
+      T* to = queries + (token * heads + head) * key_dim;
+      store<T, 2>(to + i, low[c]);
+      store<T, 2>(to + half + i, high[c]);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) largest = fmaxf(largest, fmaxf(fabsf(low[c][k]), fabsf(high[c][k])));
+  }
+  if (head < heads) return;
+#pragma unroll
+  for (int step = 16; step; step >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+  // A mantissa above that of 448 = 1.75 * 2^8 carries into the exponent.
+  const int exponent = static_cast<int>((__float_as_uint(largest) + 0x1fffff) >> 23) - 8;
+  const u32 scale = max(1, min(247, exponent));
+  const float inverse = scale_of(254 - scale);
+  const Pages pages{kv_heads, width, block_tokens};
+  const i64 block = line / block_tokens;
+  const int within = static_cast<int>(line % block_tokens);
+  e4m3* to = cache + pages.line(block, within) + at;
+#pragma unroll
+  for (int c = 0; c < PAIRS; ++c) {
+    const int i = (c * 32 + lane) * 2;
+    if (i >= half) continue;
+    store_codes(to + i, low[c][0] * inverse, low[c][1] * inverse);
+    store_codes(to + half + i, high[c][0] * inverse, high[c][1] * inverse);
+  }
+  if (lane == 0) cache[pages.scale(block, within, kv_head, part)].bits = scale;
+}
+
+#define ROPE_STORE_E4M3(NAME, T)                                                                          \
+  extern "C" __global__ void __launch_bounds__(256) rope_store_e4m3_##NAME(                               \
+      const T* qkv, const T* rotation, const i64* lines, T* queries, e4m3* cache, int heads,              \
+      int kv_heads, int key_dim, int value_dim, int block_tokens) {                                       \
+    rope_store_e4m3<T>(qkv, rotation, lines, queries, cache, heads, kv_heads, key_dim, value_dim,         \
+                       block_tokens);                                                                     \
+  }
+ROPE_STORE_E4M3(bf16, bf16)
+ROPE_STORE_E4M3(f32, float)
+
 // out = silu(gate) * up of [gate | up]. Rows on the grid's x, as below.
 template <typename T, int N> __device__ void swiglu(const T* gate_up, T* out, int width) {
   let_next_start();
