@@ -8,6 +8,7 @@ from protocol.control import NewRow
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from tests.golden.harness import Driver, Instance, Job, run_ranks_as_threads
+from tests.golden.test_deepseek_tiny import tiny as tiny_deepseek
 from tests.golden.test_llama_tiny import tiny
 from tests.golden.tiny import PROMPT_LENGTHS
 
@@ -63,6 +64,23 @@ def test_log_probabilities_stay_within_their_bound(root: Path, kv_dtype: str, tp
     # In float8 0.26 and 0.06 were found, in bfloat16 0.017 and 0.004.
     assert 0 < worst < BOUNDS[kv_dtype]
     assert total / count < BOUNDS[kv_dtype] / 4
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_latents_in_float8_stay_within_their_bound(root: Path, chunk: int) -> None:
+    directory, found = tiny_deepseek(root, "dense")
+    jobs: dict[str, list[Job]] = {}
+    for kv_dtype in ("auto", "float8"):
+        jobs[kv_dtype] = [Job(known, 1, SCORED) for known, _ in found]
+        with run_ranks_as_threads(directory, Topology(2, 1), kv_dtype=kv_dtype) as instance:
+            Driver(instance, chunk=chunk).run(jobs[kv_dtype])
+    errors = [
+        abs(one.logprob - other.prompt_scores[position].logprob)
+        for job, other in zip(jobs["float8"], jobs["auto"], strict=True)
+        for position, one in job.prompt_scores.items()
+    ]
+    assert 0 < max(errors) < BOUNDS["float8"]
+    assert sum(errors) / len(errors) < BOUNDS["float8"] / 4
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
