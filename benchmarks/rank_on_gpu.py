@@ -65,6 +65,7 @@ def cuda_instance(
     directory: Path,
     *,
     dtype: str = "float32",
+    kv_dtype: str = "auto",
     max_rows: int = 32,
     step_tokens: int = 512,
     num_blocks: int = 512,
@@ -74,7 +75,7 @@ def cuda_instance(
     kernel_cache: Path | None = None,
 ) -> Iterator[CudaInstance]:
     """Load a model directory and run its one rank until the block ends."""
-    topology, spec = Topology(), load_spec(directory, dtype)
+    topology, spec = Topology(), load_spec(directory, dtype, kv_dtype)
     checkpoint = read_index(directory)
     stages = (range(spec.num_layers),)
     plan = plan_load(spec, checkpoint, topology, stages)
@@ -104,6 +105,7 @@ def cuda_instance(
         threads=1,
         rendezvous="",
         collective_timeout_s=60.0,
+        kv_dtype=kv_dtype,
     )
     held = arena(spec, topology, stages, 0)
     work = BootWork(boot, spec, held, stages, memory, Spans(0), lambda: None)

@@ -58,9 +58,13 @@ CUDA_OVERHEADS = DeviceOverheads(
 _MOST_EXPANDED_TOKENS = 1 << 17
 
 
-def expanded_tokens(model: ModelSpec, step_tokens: int) -> int:
-    """Return how many tokens of float8 KV a GPU's prefill copies together: a longest context, or a step."""
-    return max(step_tokens, min(model.max_context, _MOST_EXPANDED_TOKENS))
+def expanded_tokens(model: ModelSpec, limits: "StepLimits") -> int:
+    """Return how many tokens of float8 KV a GPU's prefill has room to copy together.
+
+    A prompt that goes on from earlier steps, others that begin in this one, and what last pages waste.
+    """
+    earlier = min(model.max_context, _MOST_EXPANDED_TOKENS)
+    return earlier + limits.step_tokens + limits.max_rows * limits.block_tokens
 
 
 class MemoryLine(msgspec.Struct, frozen=True):
@@ -232,7 +236,7 @@ def _expanded_bytes(model: ModelSpec, tp: int, limits: StepLimits) -> int:
         for group in model.kv_groups
         if group.dtype == "float8" and group.value_dim
     )
-    return expanded_tokens(model, limits.step_tokens) * elements * DTYPE_BYTES["bfloat16"]
+    return expanded_tokens(model, limits) * elements * DTYPE_BYTES["bfloat16"]
 
 
 def _fixed_lines(

@@ -114,6 +114,37 @@ def test_bfloat16_stays_within_its_bound(models: dict[str, Path]) -> None:
     assert far(found, expected) < BFLOAT16_BOUND
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama-3-8b"])
+def test_float8_answers_as_the_cpu_does(models: dict[str, Path], name: str) -> None:
+    expected, found = (jobs(49152, 4, 6) for _ in range(2))
+    for job in expected + found:
+        job.max_tokens = 6
+    dtype = "float32" if name == "smollm2-135m" else "bfloat16"
+    limits: dict[str, Any] = {"max_rows": 8, "num_blocks": 64, "block_tokens": 64, "context": 512}
+    limits |= {"dtype": dtype, "kv_dtype": "float8"}
+    with run_ranks_as_threads(models[name], Topology(), **limits) as instance:
+        Driver(instance).run(expected)
+    with cuda_instance(models[name], **limits) as on_gpu:
+        Driver(on_gpu, chunk=40).run(found)  # type: ignore[arg-type]
+    # Where sums round differently a code may be the next one.
+    assert far(found, expected) < 2 * BFLOAT16_BOUND
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama-3-8b"])
+def test_float8_decode_graphs_give_the_bits_of_single_launches(models: dict[str, Path], name: str) -> None:
+    dtype = "float32" if name == "smollm2-135m" else "bfloat16"
+    outcomes = []
+    for has_graphs in (True, False):
+        some = jobs(49152, 9, 2)
+        with cuda_instance(
+            models[name], dtype=dtype, kv_dtype="float8", block_tokens=64, has_graphs=has_graphs
+        ) as instance:
+            instance.assembled.runner._pieces.clear()
+            Driver(instance, depth=2).run(some)  # type: ignore[arg-type]
+        outcomes.append(outcome(some))
+    assert outcomes[0] == outcomes[1]
+
+
 def test_no_step_waits_for_the_device(models: dict[str, Path]) -> None:
     with cuda_instance(models["llama-3-8b"], dtype="bfloat16", block_tokens=64) as instance:
         Driver(instance, depth=2).run(jobs(49152, 6, 4))  # type: ignore[arg-type]

@@ -187,8 +187,8 @@ def test_a_gpu_is_charged_for_contexts_in_bf16(tmp_path: Path) -> None:
         spec = load_spec(tmp_path, "bfloat16", kv_dtype)
         made = plan_memory(spec, Topology(tp=2), [2 << 30] * 2, limits, CUDA_OVERHEADS, None)
         found[kv_dtype] = {line.name: line.predicted_bytes for line in made.tightest.lines}["workspace"]
-    # A step is longer than the model's context; one KV head of 16 a rank.
-    assert found["float8"] - found["auto"] == 600 * 2 * 16 * 2
+    # A context, a step, a page for each row; one KV head of 16 a rank.
+    assert found["float8"] - found["auto"] == (512 + 600 + 8 * 16) * 2 * 16 * 2
 
 
 def test_what_is_not_known_or_not_served_is_refused(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kv.tensors import KVLayout, KVTensors, LayerCache
-from models.memory import expanded_tokens
+from models.memory import StepLimits, expanded_tokens
 from worker.assemble import RankLimits
 from worker.backends.cuda.attention import CudaAttention
 from worker.backends.cuda.backend import CudaBackend, latents_refused
@@ -85,6 +85,7 @@ class Assembled:
         self._map_blocks(min(warm_blocks(warm), boot.num_blocks))
         cache = KVTensors(spec, topology.tp, self._layout, self._kv)
         max_blocks = -(-boot.context // boot.block_tokens)
+        step_limits = StepLimits(boot.max_rows, boot.step_tokens, boot.logit_rows, boot.block_tokens)
         self._attention = tuple(
             CudaAttention(
                 device.kernels,
@@ -100,7 +101,7 @@ class Assembled:
                 step_tokens=boot.step_tokens,
                 device=device.torch_device,
                 is_float8=group.dtype == "float8",
-                expanded_tokens=expanded_tokens(spec, boot.step_tokens),
+                expanded_tokens=expanded_tokens(spec, step_limits),
             )
             for group in spec.kv_groups
         )

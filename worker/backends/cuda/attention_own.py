@@ -15,6 +15,7 @@ _TILE = 32
 _THREADS = 128
 _TENSOR_BLOCKS = {64: 4, 128: 3, 256: 2}
 _VECTOR_BLOCKS = 3
+_FLOAT8_VECTOR_BLOCKS = 2
 _RING_DIM = 128
 _RING_TILE_TOKENS = 16
 _RING_TILE_ELEMENTS = 2 * _RING_TILE_TOKENS * _RING_DIM
@@ -136,7 +137,7 @@ class OwnDecode:
         else:
             name = f"decode_vector_{shape.kernel_suffix}"
             self._kernel = kernels.get("attention", name, "PPPPPiiPPPiiiiifi")
-            self._heads, blocks = 4, _VECTOR_BLOCKS
+            self._heads, blocks = 4, _FLOAT8_VECTOR_BLOCKS if shape.is_float8 else _VECTOR_BLOCKS
             self._arguments += (1 << (largest // 8 - 1).bit_length(),)
         self._blocks_at_once = blocks * multiprocessors
         self._pairs_per_row = shape.kv_heads * -(-shape.ratio // self._heads)
