@@ -179,11 +179,12 @@ def plan_memory(
         blocks = math.ceil((wanted if context is not None else 1) / limits.block_tokens)
         needed = max(r.budget_for(blocks) for r in ranks)
         everywhere = _gib_up(needed * topology.world_size)
+        smaller = "" if all(g.dtype == "float8" for g in model.kv_groups) else "--kv-dtype float8, "
         raise MemoryBudgetError(
             f"{tightest.budget_bytes / 2**30:.2f} GiB on rank {tightest.rank} hold a context of at most "
             f"{max(fits, 0)} tokens, {wanted} were asked: give it {_gib_up(needed)} GiB "
-            f"({everywhere} over all {topology.world_size} ranks, --memory), more ranks, or a smaller "
-            "--context",
+            f"({everywhere} over all {topology.world_size} ranks, --memory), more ranks, {smaller}or a "
+            "smaller --context",
             field="memory",
         )
     note = None

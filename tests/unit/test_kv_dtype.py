@@ -13,7 +13,7 @@ from models.registry import load_spec
 from models.spec import KVGroup
 from orchestrator.config import ServeConfig
 from orchestrator.instance import Blueprint
-from protocol.errors import UnsupportedModelError
+from protocol.errors import MemoryBudgetError, UnsupportedModelError
 from protocol.topology import Topology
 from tests.tiny_llama import write_tiny_llama
 from tests.unit.test_worker_attention import HEADS, naive, random_step
@@ -178,6 +178,15 @@ def test_the_plan_holds_twice_the_tokens_less_the_scales(tmp_path: Path) -> None
     assert small.kv_tokens / wide.kv_tokens == pytest.approx(2 * dims / (dims + 2), rel=1e-3)
     assert planned(tmp_path, "bfloat16") == wide
     assert small.tightest.lines[-1].because.endswith("in float8")
+
+
+def test_a_refusal_for_want_of_memory_names_float8_where_it_would_help(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    for kv_dtype, is_named in (("auto", True), ("float8", False)):
+        spec = load_spec(tmp_path, "bfloat16", kv_dtype)
+        with pytest.raises(MemoryBudgetError, match="a smaller --context") as refusal:
+            plan_memory(spec, Topology(), [1 << 20], StepLimits(8, 32, 8, 16), CPU_OVERHEADS, 512)
+        assert ("--kv-dtype float8" in refusal.value.message) == is_named
 
 
 def test_a_gpu_is_charged_for_contexts_in_bf16(tmp_path: Path) -> None:
