@@ -273,6 +273,7 @@ def warm(model: str | None, tp: int, as_json: bool) -> None:
 
     A server's start then compiles nothing.
     """
+    from orchestrator.config import GPU_DEFAULTS
     from orchestrator.gpus import architectures
 
     cache = _cache() / "kernels"
@@ -281,6 +282,8 @@ def warm(model: str | None, tp: int, as_json: bool) -> None:
         kind = f"{major}{minor}{'a' if major >= 9 else ''}"
         command = [sys.executable, "-P", "-m", "worker.warm", "--cache", str(cache)]
         command += ["--architecture", f"sm_{kind}", "--tp", str(tp)]
+        for size in ("block_tokens", "max_rows"):
+            command += [f"--{size.replace('_', '-')}", str(GPU_DEFAULTS[size])]
         command += ["--model", str(_pull(model))] if model else []
         # FlashInfer's builder reads these once, when it is imported.
         environment = os.environ | {

@@ -11,9 +11,6 @@ from pathlib import Path
 
 from protocol.errors import TandemError
 
-BLOCK_TOKENS = 64
-MAX_ROWS = 256
-
 
 def main() -> int:
     """Fill the kernel cache; return the exit code."""
@@ -22,6 +19,8 @@ def main() -> int:
     parser.add_argument("--architecture", required=True, help="as compilers spell it: sm_90a")
     parser.add_argument("--model", type=Path, help="a model directory: its attention's operators too")
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--block-tokens", required=True, type=int, help="of a server's KV blocks")
+    parser.add_argument("--max-rows", required=True, type=int, help="the most rows of a server")
     options = parser.parse_args()
     from worker.backends.cuda.compiler import KernelCache
 
@@ -29,15 +28,16 @@ def main() -> int:
         for name, was_built in KernelCache(options.cache, options.architecture).warm():
             _say(name, was_built=was_built)
         if options.model is not None:
-            _warm_operators(options.cache, options.architecture, options.model, options.tp)
-            _warm_products(options.cache, options.architecture, options.model, options.tp)
+            kept = (options.cache, options.architecture)
+            _warm_operators(*kept, options.model, options.tp, options.block_tokens)
+            _warm_products(*kept, options.model, options.tp, options.max_rows)
     except TandemError as error:
         sys.stderr.write(f"{error.message}\n")
         return 1
     return 0
 
 
-def _warm_operators(cache: Path, architecture: str, model: Path, tp: int) -> None:
+def _warm_operators(cache: Path, architecture: str, model: Path, tp: int, block_tokens: int) -> None:
     from models.registry import load_spec
     from worker.backends.cuda.backend import latents_refused
     from worker.backends.cuda.device import operators_directory
@@ -48,12 +48,12 @@ def _warm_operators(cache: Path, architecture: str, model: Path, tp: int) -> Non
         if group.kind == "latent":
             raise latents_refused(group.key_dim)
         ratio = -(-spec.heads // tp) // group.local_heads(tp)
-        operators = operators_of(group.key_dim, ratio, BLOCK_TOKENS)
+        operators = operators_of(group.key_dim, ratio, block_tokens)
         for name, was_built in build(operators, operators_directory(cache, architecture)):
             _say(name, was_built=was_built)
 
 
-def _warm_products(cache: Path, architecture: str, model: Path, tp: int) -> None:
+def _warm_products(cache: Path, architecture: str, model: Path, tp: int, max_rows: int) -> None:
     """Measure which algorithms multiply this model's shapes fastest, on the first GPU of this kind."""
     import torch
 
@@ -77,12 +77,16 @@ def _warm_products(cache: Path, architecture: str, model: Path, tp: int) -> None
             shapes.add((local[0], local[1], dtype))
     lt = CublasLt(torch.device("cuda", ordinal))
     path = gemm_table.table_path(cache, torch.cuda.get_device_name(ordinal), lt.version)
-    if path.exists():
-        _say(path.name, was_built=False)
-        return
-    ordered = sorted(shapes, key=lambda shape: (shape[0], shape[1]))
-    gemm_table.write(path, list(gemm_table.measure(lt, ordered, MAX_ROWS)))
-    _say(path.name, was_built=True)
+    # Other models and degrees may have been measured before: theirs is kept.
+    lines = gemm_table.read(path)
+    measured = {(line.outputs, line.k, line.dtype) for line in lines}
+    missing = sorted(
+        (shape for shape in shapes if (*shape[:2], str(shape[2])) not in measured),
+        key=lambda shape: shape[:2],
+    )
+    if missing:
+        gemm_table.write(path, [*lines, *gemm_table.measure(lt, missing, max_rows)])
+    _say(path.name, was_built=bool(missing))
 
 
 def _say(name: str, *, was_built: bool) -> None:

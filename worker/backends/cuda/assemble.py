@@ -18,7 +18,7 @@ from worker.backends.cuda.backend import CudaBackend, latents_refused
 from worker.backends.cuda.comm import CudaCommunicator
 from worker.backends.cuda.cublaslt import WORKSPACE_BYTES, CublasLt
 from worker.backends.cuda.device import Device
-from worker.backends.cuda.gemm_table import GemmTable, table_path
+from worker.backends.cuda.gemm_table import GemmTable, read, table_path
 from worker.backends.cuda.graphs import LADDER, SHORT_LADDER
 from worker.backends.cuda.linear import Linear
 from worker.backends.cuda.memory import DeviceRange
@@ -106,7 +106,7 @@ class Assembled:
             for group in spec.kv_groups
         )
         lt = CublasLt(device.torch_device)
-        table = GemmTable.read(table_path(device.kernel_cache, device.name, lt.version))
+        table = GemmTable(read(table_path(device.kernel_cache, device.name, lt.version)))
         linear = Linear(device.kernels, lt, table)
         backend = CudaBackend(device.torch_device, device.kernels, _ByGroup(self._attention), linear)
         weights = Weights(work.held, topology.tp, topology.tp_rank(boot.rank), self._arena)
@@ -152,7 +152,7 @@ class Assembled:
         self._warm_up = CudaWarmUp(self.runner, comm, spec, warm)
 
     def place(self, memory: mmap.mmap) -> None:
-        """Copy the weights, which lie in the arena's layout, to the device; ``memory`` is closed."""
+        """Copy the weights, which lie in the arena's layout, to the device; ``memory`` may go after it."""
         size = min(len(memory), self._arena.size)
         host = torch.frombuffer(memory, dtype=torch.uint8, count=size)
         self._arena.view(torch.uint8, size, 0).copy_(host)

@@ -51,14 +51,6 @@ class GemmTable:
             self._rows.setdefault(key, []).append(line.rows)
             self._found[(*key, line.rows)] = Algorithm(line.words, line.workspace_bytes)
 
-    @classmethod
-    def read(cls, path: Path) -> "GemmTable":
-        """Read a table; one that is not there, or is none, is empty."""
-        try:
-            return cls(msgspec.json.decode(path.read_bytes(), type=list[Measured]))
-        except (OSError, msgspec.DecodeError):
-            return cls(())
-
     def get(self, rows: int, outputs: int, k: int, dtype: torch.dtype) -> Algorithm | None:
         """Return what serves a shape: what was measured for the next number of rows."""
         key = (outputs, k, str(dtype))
@@ -67,6 +59,14 @@ class GemmTable:
             return None
         place = min(bisect_left(measured, rows), len(measured) - 1)
         return self._found[(*key, measured[place])]
+
+
+def read(path: Path) -> list[Measured]:
+    """Return the lines of a table; one that is not there, or is none, has none."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[Measured])
+    except (OSError, msgspec.DecodeError):
+        return []
 
 
 def measure(

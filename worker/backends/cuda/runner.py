@@ -226,16 +226,26 @@ class CudaRunner:
             for group, attention in enumerate(self._attention)
         )
         scored = [item for item in scheduled if item.row.prompt_logprobs is not None]
+        pieces = self._pieces.get(size_for(len(token_ids), self._most_pieces) or 0)
         wanted = None
-        if self._sampler is not None and wanting and not scored:
-            mean_context = sum(item.span.end for item in wanting) / len(wanting)
-            wanted = self._plan_wanted(inputs, len(wanting), mean_context)
-        hidden, is_trimmed = self._run_mixed(inputs, plans, wanted)
+        if pieces is not None:
+            hidden = self._run_pieces(pieces, inputs, plans)
+        else:
+            if self._sampler is not None and wanting and not scored:
+                mean_context = sum(item.span.end for item in wanting) / len(wanting)
+                wanted = self._plan_wanted(inputs, len(wanting), mean_context)
+            planned = tuple(
+                CudaStepPlan(lines, plan) for lines, plan in zip(inputs.lines, plans, strict=True)
+            )
+            step = StepContext(inputs.positions, planned, wanted)
+            hidden = self._run_stage(inputs.token_ids, step)
         if self._sampler is None:
             return []
         if wanting:
             self._sampler.sample(
-                self._model.logits(hidden if is_trimmed else hidden.index_select(0, inputs.logit_tokens)),
+                self._model.logits(
+                    hidden.index_select(0, inputs.logit_tokens) if wanted is None else hidden
+                ),
                 inputs.logit_slots,
                 inputs.logit_lengths,
                 self._outputs,
@@ -256,18 +266,10 @@ class CudaRunner:
             plans.append(CudaStepPlan(inputs.lines[group], plan))
         return Wanted(inputs.logit_tokens, tuple(plans))
 
-    def _run_mixed(
-        self, inputs: StepTensors, plans: tuple[PagedPlan, ...], wanted: Wanted | None
-    ) -> tuple[torch.Tensor, bool]:
-        """Return hidden states, and whether they are those of the wanted tokens alone."""
+    def _run_pieces(
+        self, pieces: Pieces, inputs: StepTensors, plans: tuple[PagedPlan, ...]
+    ) -> torch.Tensor:
         tokens = inputs.token_ids.shape[0]
-        pieces = self._pieces.get(size_for(tokens, self._most_pieces) or 0)
-        if pieces is None:
-            planned = tuple(
-                CudaStepPlan(lines, plan) for lines, plan in zip(inputs.lines, plans, strict=True)
-            )
-            step = StepContext(inputs.positions, planned, wanted)
-            return self._run_stage(inputs.token_ids, step), wanted is not None
         static = pieces.inputs
         static.token_ids[:tokens].copy_(inputs.token_ids)
         static.positions[:tokens].copy_(inputs.positions)
@@ -277,7 +279,7 @@ class CudaRunner:
             partial(_attend, attention, plan)
             for attention, plan in zip(self._attention, plans, strict=True)
         ]
-        return pieces.run(tokens, attends), False
+        return pieces.run(tokens, attends)
 
     def _capture_pieces(self, size: int) -> Pieces:
         device, groups = self._device.torch_device, len(self._attention)
