@@ -1,12 +1,13 @@
-"""Published configurations of models that benchmarks make anew with random weights.
+"""Configurations of models that benchmarks make anew with random weights.
 
-Sources: the ``config.json`` files of meta-llama/Meta-Llama-3-8B, meta-llama/Llama-3.2-1B and
-HuggingFaceTB/SmolLM2-135M-Instruct; the tiny ones are nobody's, small enough for a test, two of them with
+Those that ``models/known`` has, and tiny ones that are nobody's, small enough for a test, two of them with
 heads for eight ranks.
 """
 
 from collections.abc import Mapping
 from typing import Any
+
+from models.known import known_model, known_names
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -28,56 +29,10 @@ _TINY_FOR_EIGHT = _LLAMA | {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_LLAMA_3 = _LLAMA | {
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "rope_theta": 500000.0,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-}
-
 KNOWN: Mapping[str, Mapping[str, Any]] = {
-    "llama-3-8b": _LLAMA_3
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "max_position_embeddings": 8192,
-        "rope_scaling": None,
-        "tie_word_embeddings": False,
-    },
-    "llama-3.2-1b": _LLAMA_3
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "head_dim": 64,
-        "max_position_embeddings": 131072,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "tie_word_embeddings": True,
-    },
-    "smollm2-135m": _LLAMA
-    | {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "rope_theta": 100000.0,
-        "rope_scaling": None,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
+    name: {key: value for key, value in known_model(name).config.items() if key != "torch_dtype"}
+    for name in known_names()
+} | {
     "tiny": _LLAMA
     | {
         "hidden_size": 64,
