@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from benchmarks.figures import Demand
 from models.parameter import DTYPE_BYTES
 from models.spec import ModelSpec
+from protocol.topology import Topology
 
 READ_BYTES_S = 4.66e12
 MATMUL_FLOPS = 785e12
@@ -38,7 +39,7 @@ DEMANDS: Mapping[str, Demand] = {
 
 def weight_bytes(model: ModelSpec) -> int:
     """Return the bytes of all parameters."""
-    return sum(p.local_bytes(1) for p in model.parameters if p.alias_of is None)
+    return sum(p.local_bytes(Topology()) for p in model.parameters if p.alias_of is None)
 
 
 def decode_ceiling_ms(model: ModelSpec, rows: int, context: float) -> float:
@@ -52,5 +53,5 @@ def decode_ceiling_ms(model: ModelSpec, rows: int, context: float) -> float:
     read_s = (weight_bytes(model) - (0 if is_tied else embedding)) / READ_BYTES_S
     compute_s = rows * model.flops_per_token / MATMUL_FLOPS
     whole = range(model.num_layers)
-    kv_bytes = rows * context * sum(group.bytes_per_token(1, whole) for group in model.kv_groups)
+    kv_bytes = rows * context * sum(group.bytes_per_token(Topology(), whole) for group in model.kv_groups)
     return (max(read_s, compute_s) + kv_bytes / READ_BYTES_S) * 1e3

@@ -81,7 +81,7 @@ def cuda_instance(
     plan = plan_load(spec, checkpoint, topology, stages)
     memory = mmap.mmap(-1, plan.arena_bytes[0])
     load(plan, 0, {0: memoryview(memory)}, threads=4)
-    block_bytes = block_tokens * sum(g.bytes_per_token(1, stages[0]) for g in spec.kv_groups)
+    block_bytes = block_tokens * sum(g.bytes_per_token(topology, stages[0]) for g in spec.kv_groups)
     boot = Boot(
         epoch=0,
         instance="test",

@@ -19,6 +19,7 @@ import torch
 from models.parameter import DTYPE_BYTES
 from models.spec import ModelSpec
 from protocol.errors import MemoryBudgetError
+from protocol.topology import Topology
 
 
 class Region(Protocol):
@@ -116,7 +117,7 @@ class KVLayout:
         cls,
         model: ModelSpec,
         layers: range,
-        tp: int,
+        topology: Topology,
         num_blocks: int,
         block_tokens: int,
         kv_bytes: int,
@@ -128,7 +129,7 @@ class KVLayout:
         """
         tokens = num_blocks * block_tokens
         layer_bytes = {
-            layer: tokens * group.bytes_per_token(tp, range(layer, layer + 1))
+            layer: tokens * group.bytes_per_token(topology, range(layer, layer + 1))
             for group in model.kv_groups
             for layer in group.layers
             if layer in layers
@@ -151,10 +152,10 @@ class KVLayout:
 class KVTensors:
     """One rank's KV memory as tensors, by decoder layer."""
 
-    def __init__(self, model: ModelSpec, tp: int, layout: KVLayout, region: Region) -> None:
+    def __init__(self, model: ModelSpec, topology: Topology, layout: KVLayout, region: Region) -> None:
         self._layers: dict[int, LayerCache] = {}
         for index, group in enumerate(model.kv_groups):
-            heads = group.local_heads(tp)
+            heads = group.local_heads(topology)
             width = heads * (group.key_dim + group.value_dim)
             for layer in group.layers:
                 if layer not in layout.offsets:

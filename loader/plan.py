@@ -163,8 +163,8 @@ def _wants(held: Arena, topology: Topology) -> Iterator[tuple[str, _Want]]:
         if placed.is_alias:
             continue
         spec = placed.spec
-        local = spec.flat_shape(topology.tp)
-        for piece in spec.pieces(topology.tp, topology.tp_rank(held.rank)):
+        local = spec.flat_shape(topology)
+        for piece in spec.pieces(topology, topology.tp_rank(held.rank)):
             if piece.end > piece.start:
                 for want in _matrix_slices(piece, held.rank, placed.offset, local, spec.dtype):
                     yield piece.source, want

@@ -43,9 +43,9 @@ def check_degrees(model: ModelSpec, topology: Topology) -> None:
             f"pipeline parallel {topology.pp} is more than the model's {model.num_layers} layers",
             field="pp",
         )
-    bad = _first_refusal(model, topology.tp)
+    bad = _first_refusal(model, topology)
     if bad is not None:
-        fits = [d for d in range(1, model.heads + 1) if _first_refusal(model, d) is None]
+        fits = [d for d in range(1, model.heads + 1) if _first_refusal(model, Topology(d)) is None]
         raise LayoutError(
             f"tensor parallel {topology.tp} does not divide this model ({bad.message.split(';')[0]}); "
             f"degrees that do: {', '.join(map(str, fits))}",
@@ -53,13 +53,13 @@ def check_degrees(model: ModelSpec, topology: Topology) -> None:
         )
 
 
-def _first_refusal(model: ModelSpec, tp: int) -> LayoutError | None:
+def _first_refusal(model: ModelSpec, topology: Topology) -> LayoutError | None:
     # Layers of one model are alike enough that the first one of each shape decides.
     try:
         for spec in {p.name.split(".")[-1]: p for p in model.parameters}.values():
-            spec.local_shape(tp)
+            spec.local_shape(topology)
         for group in model.kv_groups:
-            group.local_heads(tp)
+            group.local_heads(topology)
     except LayoutError as error:
         return error
     return None
@@ -86,7 +86,7 @@ def arena(model: ModelSpec, topology: Topology, stages: tuple[range, ...], rank:
             placed[spec.name] = Placed(spec, placed[spec.alias_of].offset, is_alias=True)
             continue
         placed[spec.name] = Placed(spec, offset)
-        offset += _aligned(spec.local_bytes(topology.tp))
+        offset += _aligned(spec.local_bytes(topology))
     return Arena(rank, offset, tuple(placed.values()))
 
 
@@ -94,11 +94,11 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def stage_bytes(model: ModelSpec, tp: int, layers: range) -> int:
+def stage_bytes(model: ModelSpec, topology: Topology, layers: range) -> int:
     """Return a stage's weights on one rank."""
     specs = stage_parameters(model, layers)
     names = {p.name for p in specs}
-    return sum(_aligned(p.local_bytes(tp)) for p in specs if p.alias_of not in names)
+    return sum(_aligned(p.local_bytes(topology)) for p in specs if p.alias_of not in names)
 
 
 def cut_stages(model: ModelSpec, topology: Topology, budget_bytes: int) -> tuple[range, ...]:
@@ -112,11 +112,11 @@ def cut_stages(model: ModelSpec, topology: Topology, budget_bytes: int) -> tuple
     pp, count = topology.pp, model.num_layers
     if pp == 1:
         return (range(count),)
-    weights = _StageBytes(model, topology.tp)
+    weights = _StageBytes(model, topology)
 
     @cache
     def tokens(layers: range) -> float:
-        per_token = sum(g.bytes_per_token(topology.tp, layers) for g in model.kv_groups)
+        per_token = sum(g.bytes_per_token(topology, layers) for g in model.kv_groups)
         # A stage over budget still has to compare: less over is better.
         return (budget_bytes - weights[layers]) / max(per_token, 1)
 
@@ -131,20 +131,20 @@ def cut_stages(model: ModelSpec, topology: Topology, budget_bytes: int) -> tuple
 class _StageBytes:
     """``stage_bytes`` of any range in constant time, from prefix sums over layers."""
 
-    def __init__(self, model: ModelSpec, tp: int) -> None:
+    def __init__(self, model: ModelSpec, topology: Topology) -> None:
         per_layer = [0] * model.num_layers
         for spec in model.parameters:
             if spec.place == "layer":
-                per_layer[spec.layer] += _aligned(spec.local_bytes(tp))
+                per_layer[spec.layer] += _aligned(spec.local_bytes(topology))
         self._sums = [0]
         for size in per_layer:
             self._sums.append(self._sums[-1] + size)
         self._count = model.num_layers
         self._ends = {
-            place: sum(_aligned(p.local_bytes(tp)) for p in model.parameters if p.place == place)
+            place: sum(_aligned(p.local_bytes(topology)) for p in model.parameters if p.place == place)
             for place in ("first", "last")
         }
-        self._whole = stage_bytes(model, tp, range(model.num_layers))
+        self._whole = stage_bytes(model, topology, range(model.num_layers))
 
     def __getitem__(self, layers: range) -> int:
         if len(layers) == self._count:

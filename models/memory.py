@@ -208,8 +208,8 @@ def _rank_plan(
     limits: StepLimits,
 ) -> RankPlan:
     layers = stages[topology.stage(rank)]
-    weights = stage_bytes(model, topology.tp, layers)
-    per_token = sum(g.bytes_per_token(topology.tp, layers) for g in model.kv_groups)
+    weights = stage_bytes(model, topology, layers)
+    per_token = sum(g.bytes_per_token(topology, layers) for g in model.kv_groups)
     block = per_token * limits.block_tokens
     left = max(budget - weights - sum(line.predicted_bytes for line in fixed), 0)
     kv = left // block * block
@@ -230,10 +230,10 @@ def _rank_plan(
     return RankPlan(rank, layers, budget, lines, block, kv)
 
 
-def _expanded_bytes(model: ModelSpec, tp: int, limits: StepLimits) -> int:
+def _expanded_bytes(model: ModelSpec, topology: Topology, limits: StepLimits) -> int:
     """Return what a layer's expanded context takes on a rank, of each KV group."""
     elements = sum(
-        group.local_heads(tp) * (group.key_dim + group.value_dim)
+        group.local_heads(topology) * (group.key_dim + group.value_dim)
         for group in model.kv_groups
         if group.dtype == "float8" and group.value_dim
     )
@@ -249,6 +249,7 @@ def _fixed_lines(
         activations = max(activations, model.chunks.elements(limits.step_tokens, tp))
     activations += limits.step_tokens * model.activation_whole
     cut, whole = math.ceil(model.vocab_size / tp), model.vocab_size
+    expanded = _expanded_bytes(model, topology, limits) if overheads.expands_float8 else 0
     logits = limits.logit_rows * (overheads.logit_bytes * cut + overheads.whole_logit_bytes * whole)
     return (
         MemoryLine("runtime", overheads.runtime, "interpreter, libraries, device context"),
@@ -256,7 +257,7 @@ def _fixed_lines(
         MemoryLine("logits", logits, f"{limits.logit_rows} rows at a time"),
         MemoryLine(
             "workspace",
-            overheads.workspace + (_expanded_bytes(model, tp, limits) if overheads.expands_float8 else 0),
+            overheads.workspace + expanded,
             "attention's gathered context and score tiles",
         ),
         MemoryLine(

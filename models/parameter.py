@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from protocol.errors import LayoutError
+from protocol.topology import Topology
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element, by the name used in configurations."""
@@ -104,12 +105,12 @@ class ParameterSpec(msgspec.Struct, frozen=True):
     """Above 0: the segments are those of this many equal parts, one after another (a layer's experts,
     each its gate and its up), and the parameter has a dimension for the parts before the others."""
 
-    def local_shape(self, tp: int) -> tuple[int, ...]:
-        """Return the shape that each rank of a group of ``tp`` holds (the same on all)."""
-        rows, *others = self.flat_shape(tp)
+    def local_shape(self, topology: Topology) -> tuple[int, ...]:
+        """Return the shape that each rank of a group holds (the same on all)."""
+        rows, *others = self.flat_shape(topology)
         return (self.stack, rows // self.stack, *others) if self.stack else (rows, *others)
 
-    def flat_shape(self, tp: int) -> tuple[int, ...]:
+    def flat_shape(self, topology: Topology) -> tuple[int, ...]:
         """Return ``local_shape`` without the dimension of a stack: what the segments lie in, in dim 0."""
         parts = self.stack or 1
         assert len(self.segments) % parts == 0, (self.name, parts)
@@ -117,7 +118,7 @@ class ParameterSpec(msgspec.Struct, frozen=True):
         shape = list(of_one[0].shape)
         rows = [s.shape[0] for s in of_one]
         if self.cut is not None:
-            rooms = [share(s.units, tp, 0, self.cut).room * self._unit_size(s) for s in of_one]
+            rooms = [share(s.units, topology.tp, 0, self.cut).room * self._unit_size(s) for s in of_one]
             if self.cut.dim == 0:
                 rows = rooms
             else:
@@ -125,11 +126,11 @@ class ParameterSpec(msgspec.Struct, frozen=True):
         shape[0] = sum(rows) * parts
         return tuple(shape)
 
-    def local_bytes(self, tp: int) -> int:
+    def local_bytes(self, topology: Topology) -> int:
         """Return the bytes of ``local_shape``."""
-        return math.prod(self.local_shape(tp)) * DTYPE_BYTES[self.dtype]
+        return math.prod(self.local_shape(topology)) * DTYPE_BYTES[self.dtype]
 
-    def pieces(self, tp: int, tp_rank: int) -> tuple[Piece, ...]:
+    def pieces(self, topology: Topology, tp_rank: int) -> tuple[Piece, ...]:
         """Return what one rank of the group holds, segment by segment."""
         found = []
         row = 0
@@ -139,7 +140,7 @@ class ParameterSpec(msgspec.Struct, frozen=True):
                 found.append(Piece(source, shape, 0, 0, shape[0], row))
                 row += shape[0]
                 continue
-            held = share(segment.units, tp, tp_rank, self.cut)
+            held = share(segment.units, topology.tp, tp_rank, self.cut)
             size = self._unit_size(segment)
             start, end = held.start * size, held.end * size
             if self.cut.dim == 0:

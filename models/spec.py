@@ -6,6 +6,7 @@ from typing import Literal
 import msgspec
 
 from models.parameter import DTYPE_BYTES, Cut, ParameterSpec, share
+from protocol.topology import Topology
 
 
 class KVGroup(msgspec.Struct, frozen=True):
@@ -27,16 +28,16 @@ class KVGroup(msgspec.Struct, frozen=True):
     computed_dims: int | None = None
     """Elements of a head's key and value where a prompt is read, for ``latent``; None: those kept."""
 
-    def local_heads(self, tp: int) -> int:
-        """Return the KV heads that one rank of a group of ``tp`` keeps."""
-        return share(self.kv_heads, tp, 0, Cut(dim=0, unit="KV head", replicate=True)).room
+    def local_heads(self, topology: Topology) -> int:
+        """Return the KV heads that one rank of a group keeps."""
+        return share(self.kv_heads, topology.tp, 0, Cut(dim=0, unit="KV head", replicate=True)).room
 
-    def bytes_per_token(self, tp: int, layers: range) -> int:
+    def bytes_per_token(self, topology: Topology, layers: range) -> int:
         """Return what one token takes on one rank of the stage that runs ``layers``."""
         here = sum(1 for layer in self.layers if layer in layers)
         dims = self.key_dim + self.value_dim
         head = dims + self.scales_per_head if self.dtype == "float8" else dims * DTYPE_BYTES[self.dtype]
-        return here * self.local_heads(tp) * head
+        return here * self.local_heads(topology) * head
 
     @property
     def scales_per_head(self) -> int:

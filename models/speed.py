@@ -155,13 +155,13 @@ class _Stage:
     ) -> None:
         group = topology.tp_group(stage)
         self._layers = ranks[group.start].layers
-        self._model, self._tp = model, topology.tp
+        self._model, self._topology = model, topology
         self._always = 0
         self._stacks: dict[int, int] = {}
         for spec in stage_parameters(model, self._layers):
             if spec.place == "first":
                 continue  # Of the embedding a step reads rows alone.
-            size = spec.local_bytes(topology.tp)
+            size = spec.local_bytes(topology)
             if spec.stack:
                 self._stacks[spec.stack] = self._stacks.get(spec.stack, 0) + size
             else:
@@ -184,7 +184,7 @@ class _Stage:
     def kv_bytes(self, context: int) -> int:
         """Return what attention reads for one row of ``context`` tokens."""
         return sum(
-            _seen(group, context) * group.bytes_per_token(self._tp, self._layers)
+            _seen(group, context) * group.bytes_per_token(self._topology, self._layers)
             for group in self._model.kv_groups
         )
 
@@ -196,7 +196,7 @@ class _Stage:
             seen = min(prompt / 2, _seen(group, prompt))
             dims = group.computed_dims or group.key_dim + group.value_dim
             total += here * 2 * dims * seen * prompt
-        return total * self._model.heads / self._tp
+        return total * self._model.heads / self._topology.tp
 
 
 def _seen(group: KVGroup, context: int) -> int:

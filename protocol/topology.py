@@ -1,4 +1,4 @@
-"""Topology: rank <-> (stage, tp rank), the one place where that arithmetic stands."""
+"""Topology: rank <-> (stage, tp rank), and views of a group: the one place where that arithmetic stands."""
 
 import msgspec
 
@@ -8,10 +8,16 @@ class Topology(msgspec.Struct, frozen=True):
 
     tp: int = 1
     pp: int = 1
+    ep: int = 1
+    """Above 1 it is tp: routed experts are placed over the group, each whole on one rank, not cut by it."""
+    dcp: int = 1
+    """Ranks, neighbours in a group, that keep the KV of the same heads by position, each a part of it."""
 
     def __post_init__(self) -> None:
-        if self.tp < 1 or self.pp < 1:
-            raise ValueError(f"degrees are at least 1, not tp={self.tp} pp={self.pp}")
+        if min(self.tp, self.pp, self.ep, self.dcp) < 1:
+            raise ValueError(f"degrees are at least 1, not {self}")
+        if self.ep not in (1, self.tp) or self.tp % self.dcp:
+            raise ValueError(f"ep is 1 or tp, dcp divides tp: not {self}")
 
     @property
     def world_size(self) -> int:
@@ -34,6 +40,10 @@ class Topology(msgspec.Struct, frozen=True):
         """Ranks of one stage's tensor-parallel group."""
         return range(stage * self.tp, (stage + 1) * self.tp)
 
+    def dcp_rank(self, tp_rank: int) -> int:
+        """Which part of the positions the rank at a place in its group keeps."""
+        return tp_rank % self.dcp
+
     def is_first(self, rank: int) -> bool:
         """Whether the rank's stage embeds tokens."""
         return self.stage(rank) == 0
@@ -48,4 +58,5 @@ class Topology(msgspec.Struct, frozen=True):
         return (self.pp - 1) * self.tp
 
     def __str__(self) -> str:
-        return f"tp {self.tp} pp {self.pp}"
+        views = [f"{name} {degree}" for name, degree in (("ep", self.ep), ("dcp", self.dcp)) if degree > 1]
+        return " ".join([f"tp {self.tp} pp {self.pp}", *views])

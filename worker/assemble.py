@@ -73,11 +73,11 @@ def assemble(
     """Return the runner of ``comm.rank``; ``memory`` is its arena, which may still be filling."""
     topology, rank = comm.topology, comm.rank
     layers = stages[topology.stage(rank)]
-    layout = KVLayout.of(spec, layers, topology.tp, limits.num_blocks, limits.block_tokens, limits.kv_bytes)
-    cache = KVTensors(spec, topology.tp, layout, HostRegion.anonymous("tandem-kv", layout.size_bytes))
+    layout = KVLayout.of(spec, layers, topology, limits.num_blocks, limits.block_tokens, limits.kv_bytes)
+    cache = KVTensors(spec, topology, layout, HostRegion.anonymous("tandem-kv", layout.size_bytes))
     converted = frozenset(g for g, group in enumerate(spec.kv_groups) if group.dtype != spec.dtype)
     backend = CpuBackend(converted_groups=converted)
-    weights = Weights(held, topology.tp, topology.tp_rank(rank), HostRegion(memory))
+    weights = Weights(held, topology, topology.tp_rank(rank), HostRegion(memory))
     model = build(
         Parts(weights, cache, backend, comm),
         spec,
@@ -87,7 +87,7 @@ def assemble(
         is_last=topology.is_last(rank),
     )
     widths = tuple(
-        group.local_heads(topology.tp) * (group.key_dim + group.value_dim) for group in spec.kv_groups
+        group.local_heads(topology) * (group.key_dim + group.value_dim) for group in spec.kv_groups
     )
     runner = Runner(spec, model, backend, comm, limits.batch(spec), limits.logit_rows, widths)
     return Assembled(runner, layout.used_bytes)

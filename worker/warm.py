@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from protocol.errors import TandemError
+from protocol.topology import Topology
 
 
 def main() -> int:
@@ -47,7 +48,7 @@ def _warm_operators(cache: Path, architecture: str, model: Path, tp: int, block_
     for group in spec.kv_groups:
         if group.kind == "latent":
             raise latents_refused(group.key_dim)
-        ratio = -(-spec.heads // tp) // group.local_heads(tp)
+        ratio = -(-spec.heads // tp) // group.local_heads(Topology(tp))
         operators = operators_of(group.key_dim, ratio, block_tokens)
         for name, was_built in build(operators, operators_directory(cache, architecture)):
             _say(name, was_built=was_built)
@@ -71,7 +72,7 @@ def _warm_products(cache: Path, architecture: str, model: Path, tp: int, max_row
     spec = load_spec(model, "bfloat16")
     shapes = set()
     for parameter in spec.parameters:
-        local = parameter.local_shape(tp)
+        local = parameter.local_shape(Topology(tp))
         if len(local) == 2 and parameter.place != "first" and parameter.layer <= 0:
             dtype = torch.float32 if parameter.place == "last" else torch.bfloat16
             shapes.add((local[0], local[1], dtype))

@@ -92,8 +92,8 @@ def test_a_token_of_kimi_takes_one_latent_a_layer_on_every_rank(tmp_path: Path) 
     (group,) = model.kv_groups
     assert group.kind == "latent"
     for tp in (1, 2, 8):
-        assert group.bytes_per_token(tp, range(61)) == 61 * 576 * 2 == 70_272
-    assert group.bytes_per_token(8, range(10, 20)) == 10 * 1152
+        assert group.bytes_per_token(Topology(tp), range(61)) == 61 * 576 * 2 == 70_272
+    assert group.bytes_per_token(Topology(8), range(10, 20)) == 10 * 1152
 
 
 def test_weights_of_kimi(tmp_path: Path) -> None:
@@ -103,11 +103,11 @@ def test_weights_of_kimi(tmp_path: Path) -> None:
     moe = 384 * expert + expert + 384 * 7168
     whole = 61 * attention + 60 * moe + 3 * 7168 * 18432 + 2 * 163840 * 7168
     small = 61 * (2 * 7168 + 1536 + 512) + 7168 + 60 * 384 * 2
-    assert stage_bytes(model, 1, range(61)) == pytest.approx(2 * (whole + small), rel=1e-6)
+    assert stage_bytes(model, Topology(), range(61)) == pytest.approx(2 * (whole + small), rel=1e-6)
     assert whole == pytest.approx(1.03e12, rel=0.01)
     # What every rank holds whole of it (FACTS: the projections down to latents, 1.5 GiB more than cut).
     kept = [p for p in model.parameters if p.cut is None and p.name.endswith("down_latents")]
-    assert sum(p.local_bytes(8) for p in kept) * 7 / 8 == pytest.approx(1.5 * 2**30, rel=0.02)
+    assert sum(p.local_bytes(Topology(8)) for p in kept) * 7 / 8 == pytest.approx(1.5 * 2**30, rel=0.02)
     active = 61 * attention + 60 * (9 * expert + 384 * 7168) + 3 * 7168 * 18432 + 163840 * 7168
     assert model.flops_per_token == 2 * active
     assert model.experts_per_token == 8

@@ -150,12 +150,12 @@ def test_pages_are_as_large_as_is_planned(tmp_path: Path, key_dim: int, value_di
     write_tiny_llama(tmp_path)
     spec = load_spec(tmp_path, "float32", "float8")
     group = KVGroup("one", (0,), 2, key_dim, value_dim, "float8")
-    heads = group.local_heads(tp)
+    heads = group.local_heads(Topology(tp))
     scales = 2 if value_dim else 1
-    assert group.bytes_per_token(tp, range(1)) == heads * (key_dim + value_dim + scales)
+    assert group.bytes_per_token(Topology(tp), range(1)) == heads * (key_dim + value_dim + scales)
     spec = msgspec.structs.replace(spec, kv_groups=(group,))
-    layout = KVLayout.of(spec, range(1), tp, 5, 3, 1 << 20)
-    cache = KVTensors(spec, tp, layout, HostRegion.anonymous("test-kv", layout.size_bytes))[0]
+    layout = KVLayout.of(spec, range(1), Topology(tp), 5, 3, 1 << 20)
+    cache = KVTensors(spec, Topology(tp), layout, HostRegion.anonymous("test-kv", layout.size_bytes))[0]
     codes, found = cache.codes(cache.lines), cache.scales(cache.lines)
     assert codes.shape == (5, 3, heads * (key_dim + value_dim))
     assert found.shape == (5, heads, scales, 3)

@@ -93,10 +93,10 @@ def naive(
     for placed in held.placed:
         if placed.is_alias:
             continue
-        flat_shape = placed.spec.flat_shape(topology.tp)
-        assert math.prod(flat_shape) == math.prod(placed.spec.local_shape(topology.tp))
+        flat_shape = placed.spec.flat_shape(topology)
+        assert math.prod(flat_shape) == math.prod(placed.spec.local_shape(topology))
         local = torch.zeros(flat_shape, dtype=TORCH[placed.spec.dtype])
-        for piece in placed.spec.pieces(topology.tp, topology.tp_rank(rank)):
+        for piece in placed.spec.pieces(topology, topology.tp_rank(rank)):
             extent = piece.end - piece.start
             part = tensors[piece.source].narrow(piece.dim, piece.start, extent)
             rows = local if piece.dim == 0 else local.narrow(0, piece.row, piece.source_shape[0])
@@ -444,8 +444,8 @@ def test_experts_lie_one_after_another(tmp_path: Path, tp: int) -> None:
     for rank, held in enumerate(run_all(plan)):
         placed = {p.spec.name: p for p in arena(model, topology, (range(1),), rank).placed}
         width = -(-inner // tp)
-        assert gate_up.local_shape(tp) == (experts, 2 * width, hidden)
-        assert down.local_shape(tp) == (experts, hidden, width)
+        assert gate_up.local_shape(Topology(tp)) == (experts, 2 * width, hidden)
+        assert down.local_shape(Topology(tp)) == (experts, hidden, width)
         features = slice(rank * width, (rank + 1) * width)
         own = min((rank + 1) * width, inner) - min(rank * width, inner)
         found_up = torch.frombuffer(

@@ -75,8 +75,8 @@ def test_pieces_of_all_ranks_rebuild_every_tensor(tmp_path: Path, tp: int) -> No
     for parameter in model.parameters:
         seen: dict[str, set[int]] = {}
         for rank in range(tp):
-            local = parameter.local_shape(tp)
-            for piece in parameter.pieces(tp, rank):
+            local = parameter.local_shape(Topology(tp))
+            for piece in parameter.pieces(Topology(tp), rank):
                 assert piece.destination + piece.end - piece.start <= local[piece.dim]
                 seen.setdefault(piece.source, set()).update(range(piece.start, piece.end))
         for segment in parameter.segments:
@@ -88,9 +88,9 @@ def test_bytes_of_smollm2(tmp_path: Path) -> None:
     model = spec_of(tmp_path)
     layer = 576 * 576 * 2 + 2 * 192 * 576 + 3 * 576 * 1536 + 2 * 576
     padding = 61 * (-(-4 * 576 // ALIGNMENT) * ALIGNMENT - 4 * 576)  # of 61 norms
-    assert stage_bytes(model, 1, range(30)) == 4 * (49152 * 576 + 30 * layer + 576) + padding
-    assert model.kv_groups[0].bytes_per_token(3, range(30)) == 30 * 1 * 128 * 4
-    assert model.kv_groups[0].bytes_per_token(9, range(30)) == 30 * 1 * 128 * 4
+    assert stage_bytes(model, Topology(), range(30)) == 4 * (49152 * 576 + 30 * layer + 576) + padding
+    assert model.kv_groups[0].bytes_per_token(Topology(3), range(30)) == 30 * 1 * 128 * 4
+    assert model.kv_groups[0].bytes_per_token(Topology(9), range(30)) == 30 * 1 * 128 * 4
     assert model.flops_per_token == 2 * (30 * (layer - 2 * 576) + 576 * 49152)
 
 
@@ -117,13 +117,13 @@ def test_arenas_are_exact_and_stages_whole(
     assert all(len(stage) > 0 for stage in stages)
     for rank in range(topology.world_size):
         laid = arena(model, topology, stages, rank)
-        assert laid.size == stage_bytes(model, tp, stages[topology.stage(rank)])
+        assert laid.size == stage_bytes(model, Topology(tp), stages[topology.stage(rank)])
         end = 0
         for placed in laid.placed:
             assert placed.offset % ALIGNMENT == 0
             if not placed.is_alias:
                 assert placed.offset == end
-                end += -(-placed.spec.local_bytes(tp) // ALIGNMENT) * ALIGNMENT
+                end += -(-placed.spec.local_bytes(Topology(tp)) // ALIGNMENT) * ALIGNMENT
         assert end == laid.size
 
 
@@ -131,8 +131,8 @@ def brute_force(model: ModelSpec, pp: int, budget: int) -> float:
     """Most KV tokens that any cut into stages gives its tightest stage."""
 
     def tokens(layers: range) -> float:
-        per_token = sum(g.bytes_per_token(1, layers) for g in model.kv_groups)
-        return (budget - stage_bytes(model, 1, layers)) / per_token
+        per_token = sum(g.bytes_per_token(Topology(), layers) for g in model.kv_groups)
+        return (budget - stage_bytes(model, Topology(), layers)) / per_token
 
     def best(start: int, parts: int) -> float:
         if parts == 1:
@@ -157,8 +157,9 @@ def test_stages_are_cut_for_the_most_kv(
 ) -> None:
     model = spec_of(tmp_path_factory.mktemp("m"), num_hidden_layers=layers, vocab_size=vocab)
     stages = cut_stages(model, Topology(pp=pp), budget)
+    one = Topology()
     least = min(
-        (budget - stage_bytes(model, 1, s)) / model.kv_groups[0].bytes_per_token(1, s) for s in stages
+        (budget - stage_bytes(model, one, s)) / model.kv_groups[0].bytes_per_token(one, s) for s in stages
     )
     best = brute_force(model, pp, budget)
     assert least >= best - 0.02 * abs(best) - 1e-6

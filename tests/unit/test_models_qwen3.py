@@ -67,7 +67,7 @@ def test_bytes_of_qwen3_8b(tmp_path: Path) -> None:
     whole = 2 * (36 * layer + norms + 2 * 151936 * 4096)
     assert whole == 16_381_470_720  # The published index's total_size.
     padding = 36 * 2 * (512 - 256)  # A head's norm has half of the arena's alignment.
-    assert stage_bytes(model, 1, range(36)) == whole + padding
+    assert stage_bytes(model, Topology(), range(36)) == whole + padding
     assert model.flops_per_token == 2 * (36 * layer + 4096 * 151936)
 
 
@@ -78,14 +78,14 @@ def test_bytes_of_qwen3_30b_a3b(tmp_path: Path) -> None:
     norms = 48 * (2 * 2048 + 2 * 128) + 2048
     whole = 2 * (48 * layer + norms + 2 * 151936 * 2048)
     assert whole == 61_064_245_248  # The published index's total_size.
-    assert stage_bytes(model, 1, range(48)) == whole + 48 * 2 * (512 - 256)
+    assert stage_bytes(model, Topology(), range(48)) == whole + 48 * 2 * (512 - 256)
     assert model.flops_per_token == 2 * (48 * (attention + 128 * 2048 + 8 * expert) + 2048 * 151936)
     names = {s.source for p in model.layer_parameters(47) for s in p.segments}
     assert len(names) == 3 * 128 + 1 + 8
     assert "model.layers.47.mlp.experts.127.up_proj.weight" in names
     by_name = {p.name: p for p in model.layer_parameters(0)}
-    assert by_name["layers.0.experts_gate_up"].local_shape(8) == (128, 2 * 96, 2048)
-    assert by_name["layers.0.experts_down"].local_shape(8) == (128, 2048, 96)
+    assert by_name["layers.0.experts_gate_up"].local_shape(Topology(8)) == (128, 2 * 96, 2048)
+    assert by_name["layers.0.experts_down"].local_shape(Topology(8)) == (128, 2048, 96)
 
 
 def test_experts_hold_a_chunk_whatever_the_step(tmp_path: Path) -> None:

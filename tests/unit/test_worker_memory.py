@@ -14,6 +14,7 @@ from kv.tensors import HostRegion, KVLayout, KVTensors
 from models.registry import _ARCHITECTURES
 from models.spec import ModelSpec
 from protocol.errors import MemoryBudgetError
+from protocol.topology import Topology
 from worker.memory import MemoryMeter
 
 MIB = 1 << 20
@@ -39,19 +40,19 @@ def tiny_spec(groups: int = 1) -> ModelSpec:
 @pytest.mark.parametrize("granule", [1, 4096])
 def test_every_layer_of_the_stage_has_lines_of_its_own(groups: int, tp: int, granule: int) -> None:
     spec, layers = tiny_spec(groups), range(1, 4)
-    per_block = 3 * sum(g.bytes_per_token(tp, layers) for g in spec.kv_groups)
-    layout = KVLayout.of(spec, layers, tp, 7, 3, 7 * per_block, granule)
+    per_block = 3 * sum(g.bytes_per_token(Topology(tp), layers) for g in spec.kv_groups)
+    layout = KVLayout.of(spec, layers, Topology(tp), 7, 3, 7 * per_block, granule)
     assert layout.used_bytes == 7 * per_block
     assert layout.used_bytes <= layout.size_bytes < layout.used_bytes + 3 * granule
     assert all(offset % granule == 0 for offset in layout.offsets.values())
-    cache = KVTensors(spec, tp, layout, HostRegion.anonymous("test-kv", layout.size_bytes))
+    cache = KVTensors(spec, Topology(tp), layout, HostRegion.anonymous("test-kv", layout.size_bytes))
     for layer in layers:
         assert cache[layer].group == layer % groups
-        assert cache[layer].lines.shape == (21, spec.kv_groups[0].local_heads(tp) * 8)
+        assert cache[layer].lines.shape == (21, spec.kv_groups[0].local_heads(Topology(tp)) * 8)
         cache[layer].lines.fill_(layer)
     for layer in layers:
         keys, values = cache[layer].keys_values(cache[layer].lines)
-        assert keys.shape == values.shape == (spec.kv_groups[0].local_heads(tp), 21, 4)
+        assert keys.shape == values.shape == (spec.kv_groups[0].local_heads(Topology(tp)), 21, 4)
         assert (cache[layer].lines == layer).all()
     with pytest.raises(KeyError):
         cache[0]
@@ -59,9 +60,9 @@ def test_every_layer_of_the_stage_has_lines_of_its_own(groups: int, tp: int, gra
 
 def test_kv_beyond_its_grant_is_refused() -> None:
     spec = tiny_spec()
-    needed = 4 * 3 * sum(g.bytes_per_token(1, range(5)) for g in spec.kv_groups)
+    needed = 4 * 3 * sum(g.bytes_per_token(Topology(), range(5)) for g in spec.kv_groups)
     with pytest.raises(MemoryBudgetError, match=f"take {needed} bytes .* the plan grants {needed - 1}"):
-        KVLayout.of(spec, range(5), 1, 4, 3, needed - 1)
+        KVLayout.of(spec, range(5), Topology(1), 4, 3, needed - 1)
 
 
 def test_a_peak_is_measured_after_it_is_gone_and_growth_while_it_stays() -> None:

@@ -5,13 +5,14 @@ import torch
 from kv.tensors import Region
 from models.layout import Arena
 from models.parameter import ParameterSpec, Piece
+from protocol.topology import Topology
 
 
 class Weights:
     """Parameters of one rank. The arena's bytes belong to whoever made its descriptor."""
 
-    def __init__(self, arena: Arena, tp: int, tp_rank: int, region: Region) -> None:
-        self.tp = tp
+    def __init__(self, arena: Arena, topology: Topology, tp_rank: int, region: Region) -> None:
+        self._topology = topology
         self.tp_rank = tp_rank
         self._region = region
         self._placed = {placed.spec.name: placed for placed in arena.placed}
@@ -19,9 +20,9 @@ class Weights:
     def __getitem__(self, name: str) -> torch.Tensor:
         """Return a parameter in its local shape."""
         placed = self._placed[name]
-        shape = placed.spec.local_shape(self.tp)
+        shape = placed.spec.local_shape(self._topology)
         dtype: torch.dtype = getattr(torch, placed.spec.dtype)
-        count = placed.spec.local_bytes(self.tp) // dtype.itemsize
+        count = placed.spec.local_bytes(self._topology) // dtype.itemsize
         return self._region.view(dtype, count, placed.offset).view(shape)
 
     def spec(self, name: str) -> ParameterSpec:
@@ -30,4 +31,4 @@ class Weights:
 
     def pieces(self, name: str) -> tuple[Piece, ...]:
         """Return what this rank holds of a parameter, segment by segment."""
-        return self.spec(name).pieces(self.tp, self.tp_rank)
+        return self.spec(name).pieces(self._topology, self.tp_rank)

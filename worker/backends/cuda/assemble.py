@@ -74,7 +74,7 @@ class Assembled:
         self._layout = KVLayout.of(
             spec,
             layers,
-            topology.tp,
+            topology,
             self._most_blocks,
             boot.block_tokens,
             self._block_bytes * self._most_blocks,
@@ -83,7 +83,7 @@ class Assembled:
         self._kv = DeviceRange(device.ordinal, self._layout.size_bytes)
         self._mapped_blocks = 0
         self._map_blocks(min(warm_blocks(warm), boot.num_blocks))
-        cache = KVTensors(spec, topology.tp, self._layout, self._kv)
+        cache = KVTensors(spec, topology, self._layout, self._kv)
         max_blocks = -(-boot.context // boot.block_tokens)
         step_limits = StepLimits(boot.max_rows, boot.step_tokens, boot.logit_rows, boot.block_tokens)
         self._attention = tuple(
@@ -91,7 +91,7 @@ class Assembled:
                 device.kernels,
                 device.operators,
                 heads=spec.heads // topology.tp,
-                kv_heads=group.local_heads(topology.tp),
+                kv_heads=group.local_heads(topology),
                 key_dim=group.key_dim,
                 value_dim=group.value_dim,
                 dtype=getattr(torch, spec.dtype),
@@ -109,7 +109,7 @@ class Assembled:
         table = GemmTable(read(table_path(device.kernel_cache, device.name, lt.version)))
         linear = Linear(device.kernels, lt, table)
         backend = CudaBackend(device.torch_device, device.kernels, _ByGroup(self._attention), linear)
-        weights = Weights(work.held, topology.tp, topology.tp_rank(boot.rank), self._arena)
+        weights = Weights(work.held, topology, topology.tp_rank(boot.rank), self._arena)
         with device.torch_device:
             model = build(
                 Parts(weights, cache, backend, comm),
