@@ -26,12 +26,12 @@ from tandem import Client  # noqa: E402
 from tandem.errors import InstanceFailedError  # noqa: E402
 from tandem.instances import children_of  # noqa: E402
 from tests.faults.streams import Streams  # noqa: E402
-from tests.server import Place, Server, title, until  # noqa: E402
+from tests.gpu.serving import GPU  # noqa: E402
+from tests.gpu.serving import serving as started  # noqa: E402
+from tests.server import Server, title, until  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
-ROOT = Path(__file__).resolve().parents[2]
-GPU = "cuda:0"
 MODELS = ("tiny-8-8", "tiny-8-2")
 """8 heads; 8 KV heads, or 2, which ranks of more than 2 a group have copies of."""
 LAYOUTS = [
@@ -91,29 +91,11 @@ def ask(server: Server) -> Answers:
 
 @contextmanager
 def serving(model: Path, device: str, tp: int = 1, pp: int = 1) -> Iterator[Server]:
-    """Give a server; what it said is printed where something goes wrong."""
-    with Place() as place:
-        environment = place.environment
-        # What libraries warn of there is not ours.
-        environment.pop("PYTHONWARNINGS", None)
-        # The ranks, which run in no directory, find the program where these tests did.
-        found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(found)
-        memory = GIB_A_RANK * tp * pp if device == GPU else 2
-        server = Server(
-            place,
-            model,
-            "m",
-            (*LIMITS, f"--devices={device}", f"--memory={memory}", f"--tp={tp}", f"--pp={pp}"),
-        )
-        place.servers.append(server)
-        try:
-            server.wait_ready()
-            assert len(server.workers) == tp * pp
-            yield server
-        except BaseException:
-            print(server.log)
-            raise
+    """Give a server of one layout."""
+    memory = GIB_A_RANK * tp * pp if device == GPU else 2
+    layout = (f"--devices={device}", f"--memory={memory}", f"--tp={tp}", f"--pp={pp}")
+    with started(model, *LIMITS, *layout, workers=tp * pp) as server:
+        yield server
 
 
 def answers(model: Path, device: str, tp: int = 1, pp: int = 1) -> Answers:
