@@ -1,4 +1,4 @@
-"""SmolLM2-135M's real weights on a GPU: in float32 the CPU's tokens, in bfloat16 its probabilities nearly."""
+"""SmolLM2-135M's real weights on a GPU: in float32 the CPU's tokens, in bfloat16 nearly its probabilities."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("cuda.bindings")
 
-from tests.golden.test_smollm2 import NUM_TOKENS, ROWS, TOLERANCE  # noqa: E402
-from tests.gpu.serving import GPU, serving  # noqa: E402
+from tests.golden.test_smollm2 import NUM_TOKENS, ROWS, TOLERANCE
+from tests.gpu.serving import GPU, serving
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
 
@@ -35,7 +35,7 @@ def test_float32_answers_as_the_cpu_does(smollm2: Path) -> None:
 
 
 def test_bfloat16_stays_within_its_bound(smollm2: Path) -> None:
-    """Each token is scored after the reference's own, so that one other choice does not end the comparison."""
+    """Each token is scored after the reference's own: one other choice does not end the comparison."""
     errors = []
     with serving(smollm2, "--dtype=bfloat16", *LIMITS) as server, server.client() as client:
         for row in ROWS:
