@@ -1,4 +1,4 @@
-"""SmolLM2-135M's real weights on a GPU: in float32 the CPU's tokens, in bfloat16 nearly its probabilities."""
+"""SmolLM2-135M's real weights on a GPU: in float32 the CPU's tokens, in bfloat16 close to them."""
 
 from pathlib import Path
 
