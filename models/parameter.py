@@ -102,22 +102,42 @@ class ParameterSpec(msgspec.Struct, frozen=True):
     alias_of: str | None = None
     """Shares the bytes of this parameter where both are on one rank (tied embeddings)."""
     stack: int = 0
-    """Above 0: the segments are those of this many equal parts, one after another (a layer's experts,
-    each its gate and its up), and the parameter has a dimension for the parts before the others."""
+    """Above 0: the segments are those of this many equal parts, one after another (a layer's experts, each
+    its gate and its up), and the parameter has a dimension for the parts before the others. Under
+    ``Topology.ep`` parts are placed over the group, each whole on one rank, and ``cut`` does not count."""
 
     def local_shape(self, topology: Topology) -> tuple[int, ...]:
         """Return the shape that each rank of a group holds (the same on all)."""
         rows, *others = self.flat_shape(topology)
-        return (self.stack, rows // self.stack, *others) if self.stack else (rows, *others)
+        if not self.stack:
+            return (rows, *others)
+        parts = len(self.local_parts(topology, 0))
+        return (parts, rows // parts, *others)
+
+    def local_parts(self, topology: Topology, tp_rank: int) -> range:
+        """Return which parts of a stack one rank of a group holds, in whole or a cut of each.
+
+        Errors: ``LayoutError`` where ``ep`` does not divide them, naming degrees that would do.
+        """
+        if topology.ep == 1:
+            return range(self.stack)
+        size, left = divmod(self.stack, topology.ep)
+        if left:
+            raise LayoutError(
+                f"expert parallel {topology.ep} cannot divide {self.stack} experts; degrees that do: "
+                + ", ".join(str(d) for d in range(1, self.stack + 1) if self.stack % d == 0),
+                field="ep",
+            )
+        return range(tp_rank * size, (tp_rank + 1) * size)
 
     def flat_shape(self, topology: Topology) -> tuple[int, ...]:
         """Return ``local_shape`` without the dimension of a stack: what the segments lie in, in dim 0."""
-        parts = self.stack or 1
-        assert len(self.segments) % parts == 0, (self.name, parts)
-        of_one = self.segments[: len(self.segments) // parts]
+        assert len(self.segments) % (self.stack or 1) == 0, (self.name, self.stack)
+        of_one = self.segments[: len(self.segments) // (self.stack or 1)]
+        parts = len(self.local_parts(topology, 0)) if self.stack else 1
         shape = list(of_one[0].shape)
         rows = [s.shape[0] for s in of_one]
-        if self.cut is not None:
+        if self.cut is not None and not self._is_placed(topology):
             rooms = [share(s.units, topology.tp, 0, self.cut).room * self._unit_size(s) for s in of_one]
             if self.cut.dim == 0:
                 rows = rooms
@@ -134,22 +154,29 @@ class ParameterSpec(msgspec.Struct, frozen=True):
         """Return what one rank of the group holds, segment by segment."""
         found = []
         row = 0
-        for segment in self.segments:
+        cut, segments = self.cut, self.segments
+        if self._is_placed(topology):
+            parts, each = self.local_parts(topology, tp_rank), len(segments) // self.stack
+            cut, segments = None, segments[parts.start * each : parts.stop * each]
+        for segment in segments:
             source, shape = segment.source, segment.shape
-            if self.cut is None:
+            if cut is None:
                 found.append(Piece(source, shape, 0, 0, shape[0], row))
                 row += shape[0]
                 continue
-            held = share(segment.units, topology.tp, tp_rank, self.cut)
+            held = share(segment.units, topology.tp, tp_rank, cut)
             size = self._unit_size(segment)
             start, end = held.start * size, held.end * size
-            if self.cut.dim == 0:
+            if cut.dim == 0:
                 found.append(Piece(source, shape, 0, start, end, row))
                 row += held.room * size
             else:
-                found.append(Piece(source, shape, self.cut.dim, start, end, 0, row))
+                found.append(Piece(source, shape, cut.dim, start, end, 0, row))
                 row += shape[0]
         return tuple(found)
+
+    def _is_placed(self, topology: Topology) -> bool:
+        return self.stack > 0 and topology.ep > 1
 
     def _unit_size(self, segment: Segment) -> int:
         assert self.cut is not None

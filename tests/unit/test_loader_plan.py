@@ -400,10 +400,10 @@ def test_tensors_of_any_rank(shape: tuple[int, ...], dim: int, tp: int, tmp_path
         assert held[: plan.arena_bytes[rank]] == naive(tmp_path, model, topology, (range(1),), rank)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3, 4])
-def test_experts_lie_one_after_another(tmp_path: Path, tp: int) -> None:
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (4, 4)])
+def test_experts_lie_one_after_another(tmp_path: Path, tp: int, ep: int) -> None:
     """A tensor an expert and projection, stacked; 3 and 4 ranks do not divide 10 inner features."""
-    experts, inner, hidden = 3, 10, 4
+    experts, inner, hidden = 4, 10, 4
 
     def name(expert: int, projection: str) -> str:
         return f"experts.{expert}.{projection}_proj.weight"
@@ -434,30 +434,35 @@ def test_experts_lie_one_after_another(tmp_path: Path, tp: int) -> None:
         spec(make_config(4, 4, 2, 3, 1, 5, True), "float32"), parameters=(gate_up, down)
     )
     write_checkpoint(tmp_path, model, ["float32", "bfloat16"], 2, 0)
-    topology = Topology(tp=tp)
+    topology = Topology(tp=tp, ep=ep)
     plan = plan_load(model, read_index(tmp_path), topology, (range(1),))
     check_reads(plan, model, tmp_path)
+    assert plan.exchanged_bytes == 0 or ep == 1
     tensors: dict[str, torch.Tensor] = {}
     for file in tmp_path.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     for rank, held in enumerate(run_all(plan)):
         placed = {p.spec.name: p for p in arena(model, topology, (range(1),), rank).placed}
-        width = -(-inner // tp)
-        assert gate_up.local_shape(Topology(tp)) == (experts, 2 * width, hidden)
-        assert down.local_shape(Topology(tp)) == (experts, hidden, width)
-        features = slice(rank * width, (rank + 1) * width)
-        own = min((rank + 1) * width, inner) - min(rank * width, inner)
+        width = inner if ep > 1 else -(-inner // tp)
+        count = experts // ep
+        assert gate_up.local_shape(topology) == (count, 2 * width, hidden)
+        assert down.local_shape(topology) == (count, hidden, width)
+        start = 0 if ep > 1 else min(rank * width, inner)
+        features = slice(start, min(start + width, inner))
+        own = features.stop - start
         found_up = torch.frombuffer(
-            held, dtype=torch.float32, count=experts * 2 * width * hidden, offset=placed["gate_up"].offset
-        ).view(experts, 2, width, hidden)
+            held, dtype=torch.float32, count=count * 2 * width * hidden, offset=placed["gate_up"].offset
+        ).view(count, 2, width, hidden)
         found_down = torch.frombuffer(
-            held, dtype=torch.bfloat16, count=experts * hidden * width, offset=placed["down"].offset
-        ).view(experts, hidden, width)
-        for e in range(experts):
+            held, dtype=torch.bfloat16, count=count * hidden * width, offset=placed["down"].offset
+        ).view(count, hidden, width)
+        for local, e in enumerate(range(rank * count, (rank + 1) * count) if ep > 1 else range(experts)):
             for which, projection in enumerate(("gate", "up")):
-                assert torch.equal(found_up[e, which, :own], tensors[name(e, projection)][features].float())
-                assert not found_up[e, which, own:].any()
+                assert torch.equal(
+                    found_up[local, which, :own], tensors[name(e, projection)][features].float()
+                )
+                assert not found_up[local, which, own:].any()
             expected = tensors[name(e, "down")][:, features].bfloat16()
-            assert torch.equal(found_down[e, :, :own], expected)
-            assert not found_down[e, :, own:].any()
+            assert torch.equal(found_down[local, :, :own], expected)
+            assert not found_down[local, :, own:].any()

@@ -1,6 +1,7 @@
 """Qwen3 and Qwen3-MoE as published, against straight arithmetic; and configurations that cannot be."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from models.moe import CHUNK_TOKENS
 from models.qwen3_moe import Qwen3MoeConfig
 from models.registry import load_spec
 from models.spec import ModelSpec
-from protocol.errors import ModelFormatError, TandemError, UnsupportedModelError
+from protocol.errors import LayoutError, ModelFormatError, TandemError, UnsupportedModelError
 from protocol.topology import Topology
 
 QWEN3_30B_A3B: dict[str, Any] = {
@@ -100,6 +101,49 @@ def test_experts_hold_a_chunk_whatever_the_step(tmp_path: Path) -> None:
     assert activations(CHUNK_TOKENS, 4) == CHUNK_TOKENS * 2 * (3 * 2048 + chunk)
     # Attention's own widest moment overtakes a chunk's only in a step of many of them.
     assert activations(2 * CHUNK_TOKENS, 4) == CHUNK_TOKENS * 2 * (6 * 2048 + chunk)
+
+
+@pytest.mark.parametrize("ep", [False, True])
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_experts_are_cut_or_placed(tmp_path: Path, tp: int, ep: bool) -> None:
+    model = spec_of(tmp_path, QWEN3_30B_A3B, num_hidden_layers=1, num_experts=16)
+    topology = Topology(tp, ep=tp if ep else 1)
+    for parameter in model.parameters:
+        seen: dict[str, list[range]] = {}
+        for rank in range(tp):
+            local = parameter.flat_shape(topology)
+            assert math.prod(local) == math.prod(parameter.local_shape(topology))
+            row = 0
+            for piece in parameter.pieces(topology, rank):
+                assert piece.destination + piece.end - piece.start <= local[piece.dim]
+                if parameter.stack and ep:
+                    expert = int(piece.source.split("experts.")[1].split(".")[0])
+                    assert expert // (16 // tp) == rank
+                    assert (piece.dim, piece.start, piece.end) == (0, 0, piece.source_shape[0])
+                    assert piece.row + piece.destination == row
+                    row += piece.end
+                seen.setdefault(piece.source, []).append(range(piece.start, piece.end))
+            if parameter.stack and ep:
+                assert row == local[0]
+        for segment in parameter.segments:
+            held = seen[segment.source]
+            extent = segment.shape[
+                parameter.cut.dim if parameter.cut and not (parameter.stack and ep) else 0
+            ]
+            assert {at for part in held for at in part} == set(range(extent))
+            if parameter.stack:
+                assert sum(map(len, held)) == extent  # No element of an expert is there twice.
+    by_name = {p.name: p for p in model.parameters}
+    shape = by_name["layers.0.experts_down"].local_shape(topology)
+    assert shape == ((16 // tp, 2048, 768) if ep else (16, 2048, 768 // tp))
+
+
+def test_experts_that_cannot_be_placed_say_which_degrees_could(tmp_path: Path) -> None:
+    model = spec_of(tmp_path, QWEN3_30B_A3B, num_experts=12)
+    with pytest.raises(
+        LayoutError, match=r"8 cannot divide 12 experts; degrees that do: 1, 2, 3, 4, 6, 12"
+    ):
+        model.layer_parameters(0)[-1].local_shape(Topology(8, ep=8))
 
 
 @pytest.mark.parametrize(
