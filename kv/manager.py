@@ -1,14 +1,15 @@
 """What each request holds of the pool: block tables per layer group, prefix hits, what a window lets go.
 
-The one place where blocks are allocated and freed. A block of any layer group is a block of the one
-pool. A group that sees only a window gives back blocks that no later query can see; their ids stay
-in the table as placeholders, which no step reads or writes.
+The one place where blocks are allocated and freed. A block belongs to one layer group at a time, whichever
+asks, and comes from the one pool. A local group, which sees a window or a chunk, gives back blocks that no
+later query can see; their ids stay in the table as placeholders, which no step reads or writes.
 """
 
 from collections.abc import Iterable, Sequence
 
 from kv.pool import BlockPool, PoolError
 from kv.prefix import Link, PrefixIndex
+from models.blocks import BlockNeeds
 from models.spec import KVGroup
 
 
@@ -25,7 +26,7 @@ class Hit:
 class Holding:
     """The blocks of one running request. ``KVManager`` is its one writer."""
 
-    __slots__ = ("capacity", "next_whole", "num_let_go", "num_linked", "parent", "salt", "tables")
+    __slots__ = ("capacity", "next_event", "num_let_go", "num_linked", "parent", "salt", "tables")
 
     def __init__(self, salt: str, num_groups: int) -> None:
         self.salt = salt
@@ -38,7 +39,7 @@ class Holding:
         """Leading blocks that are links of the prefix index."""
         self.parent: Link | None = None
         """The last of them."""
-        self.next_whole = 0
+        self.next_event = 0
         """Computed tokens from which ``note_computed`` has something to do."""
 
 
@@ -48,7 +49,7 @@ class KVManager:
     def __init__(self, num_blocks: int, block_tokens: int, groups: tuple[KVGroup, ...]) -> None:
         self.block_tokens = block_tokens
         self.groups = groups
-        self._windows = [group.window if group.kind == "sliding" else None for group in groups]
+        self._locals = [at for at, group in enumerate(groups) if group.is_local]
         self._index = PrefixIndex(block_tokens, len(groups))
         self._pool = BlockPool(num_blocks, self._index.forget)
         self.num_blocks = num_blocks
@@ -73,31 +74,42 @@ class KVManager:
 
         ``step_tokens`` are the most tokens that may be planned and not yet committed.
         """
-        whole = -(-num_tokens // self.block_tokens)
-        return sum(
-            whole if window is None else min(whole, -(-(window + step_tokens) // self.block_tokens) + 1)
-            for window in self._windows
-        )
+        return BlockNeeds(self.groups, self.block_tokens, step_tokens).of_request(num_tokens)
 
     def match_prefix(self, token_ids: Sequence[int], salt: str) -> Hit:
         """Return the longest usable run of whole cached blocks; at least one token stays to be computed."""
         links = self._index.find(salt, token_ids, (len(token_ids) - 1) // self.block_tokens)
-        for count in range(len(links), 0, -1):
-            if self._is_usable(links, count):
-                return Hit(links[:count], count * self.block_tokens)
-        return Hit([], 0)
+        count = self._usable(links)
+        return Hit(links[:count], count * self.block_tokens)
 
-    def _is_usable(self, links: list[Link], count: int) -> bool:
-        for group in range(len(self.groups)):
-            first = self._first_seen(group, count * self.block_tokens)
-            if any(link.blocks[group] is None for link in links[first:count]):
-                return False
-        return True
+    def _usable(self, links: list[Link]) -> int:
+        """Return the most leading links that have every block which a query after them sees."""
+        usable = 0
+        ends = [0] * len(self.groups)  # After the last link without a block, per group.
+        for at, link in enumerate(links, 1):
+            for group, block in enumerate(link.blocks):
+                if block is None:
+                    ends[group] = at
+            position = at * self.block_tokens
+            if all(end <= self._first_seen(group, position) for group, end in enumerate(ends)):
+                usable = at
+        return usable
 
     def _first_seen(self, group: int, num_computed: int) -> int:
         """Return the first block that a query at position ``num_computed`` or later can see."""
-        window = self._windows[group]
-        return 0 if window is None else max(num_computed - window + 1, 0) // self.block_tokens
+        return self.groups[group].first_seen(num_computed) // self.block_tokens
+
+    def _next_event(self, num_linked: int, num_computed: int) -> int:
+        """Return the computed tokens at which a block is whole, or a local group lets one go."""
+        size = self.block_tokens
+        events = [(num_linked + 1) * size]
+        for at in self._locals:
+            group = self.groups[at]
+            if group.kind == "chunked":
+                events.append(group.first_seen(num_computed) + group.window)
+            else:
+                events.append((self._first_seen(at, num_computed) + 1) * size + group.window - 1)
+        return min(events)
 
     def open_empty(self, salt: str) -> Holding:
         """Return a holding without blocks."""
@@ -121,7 +133,7 @@ class KVManager:
         holding.num_linked = len(hit.links)
         holding.parent = hit.links[-1] if hit.links else None
         holding.capacity = hit.num_tokens
-        holding.next_whole = hit.num_tokens + self.block_tokens
+        holding.next_event = self._next_event(holding.num_linked, hit.num_tokens)
         return holding
 
     def num_held(self, holding: Holding) -> int:
@@ -159,12 +171,11 @@ class KVManager:
                     self._pool.mark_findable(table[at])
             holding.num_linked += 1
             holding.parent = link
-        holding.next_whole = (holding.num_linked + 1) * size
-        for group, window in enumerate(self._windows):
-            if window is not None:
-                first = min(self._first_seen(group, num_computed), len(holding.tables[group]))
-                self._pool.give_back(holding.tables[group][holding.num_let_go[group] : first])
-                holding.num_let_go[group] = max(first, holding.num_let_go[group])
+        holding.next_event = self._next_event(holding.num_linked, num_computed)
+        for group in self._locals:
+            first = min(self._first_seen(group, num_computed), len(holding.tables[group]))
+            self._pool.give_back(holding.tables[group][holding.num_let_go[group] : first])
+            holding.num_let_go[group] = max(first, holding.num_let_go[group])
 
     def release(self, holding: Holding) -> None:
         """Give everything back. The end of a chain is forgotten before its beginning."""
@@ -180,13 +191,22 @@ class KVManager:
         self._pool = BlockPool(self.num_blocks, self._index.forget)
 
     def check(self, holdings: Iterable[Holding]) -> None:
-        """Walk pool and holdings; ``PoolError`` where a block's holders are not those who hold it."""
+        """Walk pool and holdings; ``PoolError`` where a block's holders are not those who hold it.
+
+        And where one block is held for two layer groups: its page would be both groups' at once.
+        """
         self._pool.check()
         holders = [0] * self.num_blocks
+        held_for: dict[int, int] = {}
         for holding in holdings:
             for group, table in enumerate(holding.tables):
                 for block in table[holding.num_let_go[group] :]:
                     holders[block] += 1
+                    if held_for.setdefault(block, group) != group:
+                        raise PoolError(
+                            f"block {block} is held for {self.groups[group].name} and for "
+                            f"{self.groups[held_for[block]].name}"
+                        )
         for block, count in enumerate(holders):
             if self._pool.holders(block) != count:
                 raise PoolError(f"block {block} has {self._pool.holders(block)} holders, {count} hold it")

@@ -20,11 +20,12 @@ class KVGroup(msgspec.Struct, frozen=True):
     dtype: str
     """What elements are stored in. ``float8``: e4m3, and a scale's byte for the key and for the value of
     each token and head (``kv.tensors``)."""
-    kind: Literal["full", "sliding", "latent"] = "full"
-    """``latent``: full, and one head's keys are what the keys and values of all heads are computed from; it
-    has no values of its own (``value_dim`` 0)."""
+    kind: Literal["full", "sliding", "chunked", "latent"] = "full"
+    """What the query at position p sees. ``sliding``: the last ``window`` tokens, p among them.
+    ``chunked``: those from p - p % ``window`` on. ``latent``: full, and one head's keys are what the keys
+    and values of all heads are computed from; it has no values of its own (``value_dim`` 0)."""
     window: int = 0
-    """Tokens that a query sees back, for ``sliding``."""
+    """Tokens, for ``sliding`` and ``chunked``: the most that a query sees."""
     computed_dims: int | None = None
     """Elements of a head's key and value where a prompt is read, for ``latent``; None: those kept."""
 
@@ -38,6 +39,17 @@ class KVGroup(msgspec.Struct, frozen=True):
         dims = self.key_dim + self.value_dim
         head = dims + self.scales_per_head if self.dtype == "float8" else dims * DTYPE_BYTES[self.dtype]
         return here * self.local_heads(topology) * head
+
+    @property
+    def is_local(self) -> bool:
+        """Whether tokens come to lie where no later query sees them."""
+        return self.kind in ("sliding", "chunked")
+
+    def first_seen(self, position: int) -> int:
+        """Return the first position that the query at ``position``, or any later one, sees."""
+        if self.kind == "chunked":
+            return position - position % self.window
+        return max(position - self.window + 1, 0) if self.kind == "sliding" else 0
 
     @property
     def scales_per_head(self) -> int:

@@ -465,7 +465,7 @@ class Scheduler:
                 outputs.append(RequestOutput(request, (), None, scored))
             holding = request.holding
             assert holding is not None
-            if request.num_committed >= holding.next_whole:
+            if request.num_committed >= holding.next_event:
                 self.kv.note_computed(holding, request.token_ids, request.num_committed)
         if at != len(token_ids):
             raise ProtocolError(f"step {result.step} sampled {len(token_ids)} rows, {at} wanted tokens")

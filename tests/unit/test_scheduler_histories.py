@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 )
 
 from kv.manager import KVManager
+from models.blocks import BlockNeeds
 from models.spec import KVGroup
 from orchestrator.request import End, Request, RequestOutput, RequestState
 from orchestrator.scheduler import AGE_S, Scheduler, SchedulerConfig
@@ -36,6 +37,7 @@ STOP = 0
 
 
 def group(name: str, window: int | None = None) -> KVGroup:
+    """Return a group; a negative window is a chunk."""
     return KVGroup(
         name,
         layers=(0,),
@@ -43,9 +45,20 @@ def group(name: str, window: int | None = None) -> KVGroup:
         key_dim=1,
         value_dim=1,
         dtype="float32",
-        kind="full" if window is None else "sliding",
-        window=window or 0,
+        kind="full" if window is None else "sliding" if window > 0 else "chunked",
+        window=abs(window or 0),
     )
+
+
+def first_seen(group: KVGroup, position: int) -> int:
+    """Return the first position that a query sees, by walking back from it."""
+    first = position
+    while first and group.kind != "full":
+        within = position - first + 1 < group.window
+        if not (within if group.kind == "sliding" else first % group.window):
+            break
+        first -= 1
+    return 0 if group.kind == "full" else first
 
 
 def chained(before: int, token: int) -> int:
@@ -139,13 +152,13 @@ class Rank:
         return mine
 
     def read(self, row: dict[str, Any]) -> None:
-        """The last query sees its window; earlier ones of the step see what was there before it."""
+        """The last query sees its window or chunk; earlier ones see what was there before the step."""
         contexts, context = [], 1
         for token in row["tokens"][: row["computed"]]:
             context = chained(context, token)
             contexts.append(context)
         for kv_group, table in zip(self.groups, row["tables"], strict=True):
-            first = 0 if kv_group.kind == "full" else max(row["computed"] - kv_group.window, 0)
+            first = first_seen(kv_group, row["computed"] - 1)
             for position in range(first, row["computed"]):
                 held = self.memory.get((table[position // BLOCK], position % BLOCK))
                 assert held == contexts[position], f"position {position} of {kv_group.name} is not there"
@@ -165,7 +178,19 @@ class Histories(RuleBasedStateMachine):
         max_rows=st.integers(1, 6),
         more_tokens=st.integers(0, 12),
         pp=st.integers(1, 3),
-        windows=st.sampled_from([(None,), (None,), (None, 5), (6,), (None, 3, 9)]),
+        windows=st.sampled_from(
+            [
+                (None,),
+                (None,),
+                (None, 5),
+                (6,),
+                (None, 3, 9),
+                (None, -8, -8, -8),
+                (None, -10),
+                (-6, -6),
+                (4, -4),
+            ]
+        ),
     )
     def start(
         self, num_blocks: int, max_rows: int, more_tokens: int, pp: int, windows: tuple[int | None, ...]
@@ -259,7 +284,7 @@ class Histories(RuleBasedStateMachine):
         start = request.num_computed - count
         found = set()
         for kv_group, table in zip(self.groups, request.holding.tables, strict=True):
-            first = 0 if kv_group.kind == "full" else max(start - kv_group.window + 1, 0) // BLOCK
+            first = first_seen(kv_group, start) // BLOCK
             found |= set(table[first : -(-request.num_computed // BLOCK)])
         return found
 
@@ -317,6 +342,12 @@ class Histories(RuleBasedStateMachine):
     def adds_up(self) -> None:
         if hasattr(self, "scheduler"):
             self.scheduler.check()
+            needs = BlockNeeds(self.groups, BLOCK, self.config.step_tokens * self.config.depth)
+            for request in self.scheduler._running:
+                holding = request.holding
+                for at, kv_group in enumerate(self.groups):
+                    held = len(holding.tables[at]) - holding.num_let_go[at]
+                    assert held <= needs.of_group(kv_group, holding.capacity), (kv_group, request)
             for request in self.requests:
                 answer = right_answer(request)
                 got = self.outputs[request]
