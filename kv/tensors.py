@@ -1,7 +1,8 @@
-"""The device buffers behind the block ids: one page of every local layer per block.
+"""The device buffers behind the block ids: one page of every layer of a group here per block.
 
-A layer's pages lie one after another, so that neighbouring blocks are one run of tokens and are
-read as a view. A token's line in a layer is its keys of all local heads, then its values. Whose
+A block is one layer group's at a time, so the first layers of all groups share one place, the second ones
+the next, and so on; a group with fewer layers here leaves the last places of its blocks empty. A layer's
+pages lie one after another, so that neighbouring blocks are one run of tokens and are read as a view. A token's line in a layer is its keys of all local heads, then its values. Whose
 memory it is, a memfd's or a GPU's, is a ``Region``'s business.
 
 A page of a float8 cache is the scales of its tokens, a byte each in the order head, key or value,
@@ -16,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from models.blocks import block_bytes
 from models.parameter import DTYPE_BYTES
 from models.spec import ModelSpec
 from protocol.errors import MemoryBudgetError
@@ -105,12 +107,18 @@ class KVLayout:
     num_blocks: int
     block_tokens: int
     size_bytes: int
-    """Of the whole range, what lies between layers among it."""
+    """Of the whole range, what lies between places among it."""
     used_bytes: int
     """What blocks can be written to."""
     offsets: dict[int, int]
-    """First byte, by decoder layer."""
-    layer_bytes: dict[int, int]
+    """First byte, by decoder layer; the same for layers of different groups that share a place."""
+    layer_bytes: int
+    """Of each place: one layer's pages of all blocks."""
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """First bytes, each once."""
+        return tuple(sorted(set(self.offsets.values())))
 
     @classmethod
     def of(
@@ -123,18 +131,14 @@ class KVLayout:
         kv_bytes: int,
         granule: int = 1,
     ) -> "KVLayout":
-        """Lay ``num_blocks`` blocks of ``layers`` out, each layer from a multiple of ``granule`` bytes on.
+        """Lay ``num_blocks`` blocks of ``layers`` out, each place from a multiple of ``granule`` bytes on.
 
-        ``kv_bytes`` is what the plan granted. Errors: ``MemoryBudgetError``.
+        ``kv_bytes`` is what the plan granted. Errors: ``MemoryBudgetError``; those of ``block_bytes``.
         """
-        tokens = num_blocks * block_tokens
-        layer_bytes = {
-            layer: tokens * group.bytes_per_token(topology, range(layer, layer + 1))
-            for group in model.kv_groups
-            for layer in group.layers
-            if layer in layers
-        }
-        used = sum(layer_bytes.values())
+        here = [[layer for layer in group.layers if layer in layers] for group in model.kv_groups]
+        num_places = max(map(len, here))
+        used = num_blocks * block_bytes(model, topology, layers, block_tokens)
+        layer_bytes = used // max(num_places, 1)
         if used > kv_bytes:
             raise MemoryBudgetError(
                 f"{num_blocks} KV blocks of {block_tokens} tokens take {used} bytes for layers "
@@ -142,11 +146,9 @@ class KVLayout:
                 "are not of the same version",
                 field="memory",
             )
-        offsets, end = {}, 0
-        for layer, size in layer_bytes.items():
-            offsets[layer] = end
-            end += -(-size // granule) * granule
-        return cls(num_blocks, block_tokens, end, used, offsets, layer_bytes)
+        stride = -(-layer_bytes // granule) * granule
+        offsets = {layer: place * stride for group in here for place, layer in enumerate(group)}
+        return cls(num_blocks, block_tokens, num_places * stride, used, offsets, layer_bytes)
 
 
 class KVTensors:
@@ -160,7 +162,7 @@ class KVTensors:
             for layer in group.layers:
                 if layer not in layout.offsets:
                     continue
-                size, offset = layout.layer_bytes[layer], layout.offsets[layer]
+                size, offset = layout.layer_bytes, layout.offsets[layer]
                 if group.dtype == "float8":
                     lines = region.view(torch.uint8, size, offset).view(layout.num_blocks, -1)
                 else:

@@ -51,8 +51,8 @@ class BlockNeeds(msgspec.Struct, frozen=True):
 
     def held(self, num_blocks: int, context: int) -> int:
         """Return the tokens that the pool holds in requests of ``context`` each, in all layers."""
-        whole = -(-context // self.block_tokens)
-        return num_blocks * whole // self.of_request(context) * self.block_tokens
+        whole = max(-(-context // self.block_tokens), 1)
+        return num_blocks * whole // self.of_request(whole * self.block_tokens) * self.block_tokens
 
     def held_globally(self, num_blocks: int) -> int:
         """Return those that it would hold if local layers needed nothing."""

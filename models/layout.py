@@ -9,6 +9,7 @@ from functools import cache
 
 import msgspec
 
+from models.blocks import block_bytes
 from models.parameter import ParameterSpec
 from models.spec import ModelSpec
 from protocol.errors import LayoutError
@@ -104,9 +105,9 @@ def stage_bytes(model: ModelSpec, topology: Topology, layers: range) -> int:
 def cut_stages(model: ModelSpec, topology: Topology, budget_bytes: int) -> tuple[range, ...]:
     """Cut the layers into stages so that the KV tokens of the tightest stage are the most.
 
-    ``budget_bytes`` is what one rank has for weights and KV. Maximises the minimum over stages of
-    free bytes / KV bytes per token; among cuts within 2 % of that, takes the one whose heaviest stage
-    reads the fewest bytes (the fastest). Exact, by dynamic programming over the first layer of a stage.
+    ``budget_bytes`` is what one rank has for weights and KV. Maximises the minimum over stages of free bytes
+    / KV bytes per token, padding among these; among cuts within 2 % of that, takes the one whose heaviest
+    stage reads the fewest bytes (the fastest). Exact, by dynamic programming over the first layer of a stage.
     """
     check_degrees(model, topology)
     pp, count = topology.pp, model.num_layers
@@ -116,7 +117,8 @@ def cut_stages(model: ModelSpec, topology: Topology, budget_bytes: int) -> tuple
 
     @cache
     def tokens(layers: range) -> float:
-        per_token = sum(g.bytes_per_token(topology, layers) for g in model.kv_groups)
+        # A block has room for the layers of any group: where the stage has more of one, others are padded.
+        per_token = block_bytes(model, topology, layers, 1)
         # A stage over budget still has to compare: less over is better.
         return (budget_bytes - weights[layers]) / max(per_token, 1)
 

@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from models.blocks import BlockNeeds
 from models.layout import check_degrees
 from models.machines import DRIVE_BYTES_S, Machines
 from models.memory import DeviceOverheads, MemoryLine, RankPlan, StepLimits, divide_memory
@@ -61,6 +62,9 @@ class Layout(msgspec.Struct, frozen=True):
     stages: tuple[tuple[int, int], ...]
     """Layers [first, end) of each."""
     kv_tokens: int
+    """That the pool holds in requests of ``Matrix.context`` tokens, in all layers."""
+    global_kv_tokens: int
+    """That it would hold if local layers (a window, a chunk) needed nothing."""
     requests: int
     """Of ``Matrix.context`` tokens, that fit at a time."""
     boot_s: float
@@ -135,7 +139,7 @@ def lay_out(
             continue
         ranks = divide_memory(model, topology, [budget_bytes] * topology.world_size, limits, overheads)
         pace = Pace(model, topology, ranks, machines, limits.step_tokens)
-        found.append(_layout(topology, ranks, pace, limits, asked, context, checkpoint_bytes))
+        found.append(_layout(model, topology, ranks, pace, limits, asked, context, checkpoint_bytes))
     if not found:
         raise LayoutError(_nothing_possible(model, machines.num_gpus, refused), field="gpus")
     layouts, why = _ranked(tuple(found), asked.prefer)
@@ -170,6 +174,7 @@ def _topologies(num_gpus: int, asked: Asked) -> list[Topology]:
 
 
 def _layout(
+    model: ModelSpec,
     topology: Topology,
     ranks: tuple[RankPlan, ...],
     pace: Pace,
@@ -178,7 +183,8 @@ def _layout(
     context: int,
     checkpoint_bytes: int,
 ) -> Layout:
-    blocks = -(-(asked.context or 1) // limits.block_tokens)
+    needs = BlockNeeds.of(model, topology, limits.block_tokens, limits.step_tokens)
+    blocks = needs.of_request(asked.context or 1)
     lacks = max(max(rank.budget_for(blocks) - rank.budget_bytes for rank in ranks), 0)
     # Where it does not fit, all KV may be nothing: then the rank that lacks most is the tightest.
     tightest = min(
@@ -186,8 +192,8 @@ def _layout(
         key=lambda r: (r.kv_bytes // r.block_bytes, min(r.budget_bytes - r.budget_for(blocks), 0)),
     )
     by_name = {line.name: line.predicted_bytes for line in tightest.lines}
-    kv_tokens = tightest.kv_bytes // tightest.block_bytes * limits.block_tokens
-    requests = kv_tokens // context
+    num_blocks = tightest.kv_bytes // tightest.block_bytes
+    requests = num_blocks // needs.of_request(context)
     return Layout(
         tp=topology.tp,
         pp=topology.pp,
@@ -205,7 +211,8 @@ def _layout(
             (ranks[group.start].layers.start, ranks[group.start].layers.stop)
             for group in map(topology.tp_group, range(topology.pp))
         ),
-        kv_tokens=kv_tokens,
+        kv_tokens=needs.held(num_blocks, context),
+        global_kv_tokens=needs.held_globally(num_blocks),
         requests=requests,
         boot_s=pace.boot_s(checkpoint_bytes, asked.drive_bytes_s),
         first_token_s=pace.first_token_s(context),
@@ -266,6 +273,8 @@ def _cost(layout: Layout, prefer: Prefer) -> float:
 
 def _reason(best: Layout, fitting: list[Layout], quickest: Layout, bound: float, prefer: Prefer) -> str:
     tokens = f"{best.kv_tokens:,} KV tokens"
+    if best.global_kv_tokens > best.kv_tokens:
+        tokens += f" ({best.global_kv_tokens:,} by the global layers alone)"
     if len(fitting) == 1:
         return f"{best.name}: the only layout that fits, {tokens}"
     if prefer == "latency":

@@ -8,6 +8,7 @@ import math
 
 import msgspec
 
+from models.blocks import BlockNeeds, block_bytes
 from models.layout import cut_stages, stage_bytes
 from models.parameter import DTYPE_BYTES
 from models.spec import ModelSpec
@@ -106,22 +107,30 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     stages: tuple[range, ...]
     ranks: tuple[RankPlan, ...]
     num_blocks: int
-    kv_tokens: int
+    needs: BlockNeeds
     context: int
     """What one request may hold: the model's most, what was asked, or what fits."""
     note: str | None
     """Said to the user where the context had to be fitted."""
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the blocks hold in requests of ``context`` each, in all layers."""
+        return self.needs.held(self.num_blocks, self.context)
+
+    @property
+    def global_kv_tokens(self) -> int:
+        """Tokens that they would hold if local layers (a window, a chunk) needed none."""
+        return self.needs.held_globally(self.num_blocks)
+
     def with_blocks(self, num_blocks: int) -> "MemoryPlan":
         """Return the plan with the blocks that the ranks found room for; no context is longer than they."""
-        tokens = num_blocks * self.kv_tokens // max(self.num_blocks, 1)
         context, note = self.context, self.note
-        if tokens < context:
-            context = tokens
-            note = f"context fitted to {tokens} tokens: the ranks found less room for KV than was planned"
-        return msgspec.structs.replace(
-            self, num_blocks=num_blocks, kv_tokens=tokens, context=context, note=note
-        )
+        longest = self.needs.longest(num_blocks)
+        if longest < context:
+            context = longest
+            note = f"context fitted to {longest} tokens: the ranks found less room for KV than was planned"
+        return msgspec.structs.replace(self, num_blocks=num_blocks, context=context, note=note)
 
     @property
     def tightest(self) -> RankPlan:
@@ -165,7 +174,7 @@ def plan_memory(
     ranks = divide_memory(model, topology, budgets, limits, overheads)
     stages = tuple(ranks[group].layers for group in range(0, topology.world_size, topology.tp))
     num_blocks = min(r.kv_bytes // r.block_bytes for r in ranks)
-    kv_tokens = num_blocks * limits.block_tokens
+    needs = BlockNeeds.of(model, topology, limits.block_tokens, limits.step_tokens)
     wanted = context if context is not None else model.max_context
     if context is not None and context > model.max_context:
         raise MemoryBudgetError(
@@ -173,10 +182,10 @@ def plan_memory(
             f"ask for that or less",
             field="context",
         )
-    fits = min(wanted, kv_tokens)
+    fits = min(wanted, needs.longest(num_blocks))
     tightest = min(ranks, key=lambda r: r.kv_bytes // r.block_bytes)
     if fits < 1 or (context is not None and fits < wanted):
-        blocks = math.ceil((wanted if context is not None else 1) / limits.block_tokens)
+        blocks = needs.of_request(wanted if context is not None else 1)
         needed = max(r.budget_for(blocks) for r in ranks)
         everywhere = _gib_up(needed * topology.world_size)
         smaller = "" if all(g.dtype == "float8" for g in model.kv_groups) else "--kv-dtype float8, "
@@ -190,7 +199,7 @@ def plan_memory(
     note = None
     if fits < wanted:
         note = f"context fitted to {fits} of the model's {model.max_context} tokens by the memory for KV"
-    return MemoryPlan(stages, ranks, num_blocks, kv_tokens, fits, note)
+    return MemoryPlan(stages, ranks, num_blocks, needs, fits, note)
 
 
 def _gib_up(num_bytes: int) -> str:
@@ -209,8 +218,7 @@ def _rank_plan(
 ) -> RankPlan:
     layers = stages[topology.stage(rank)]
     weights = stage_bytes(model, topology, layers)
-    per_token = sum(g.bytes_per_token(topology, layers) for g in model.kv_groups)
-    block = per_token * limits.block_tokens
+    block = block_bytes(model, topology, layers, limits.block_tokens)
     left = max(budget - weights - sum(line.predicted_bytes for line in fixed), 0)
     kv = left // block * block
     lines = (

@@ -193,7 +193,8 @@ class _Stage:
         total = 0.0
         for group in self._model.kv_groups:
             here = sum(1 for layer in group.layers if layer in self._layers)
-            seen = min(prompt / 2, _seen(group, prompt))
+            # Of a prompt, or of a chunk of one, a token sees half; of a window, nearly all.
+            seen = min(prompt / 2, group.window / (2 if group.kind == "chunked" else 1) or prompt)
             dims = group.computed_dims or group.key_dim + group.value_dim
             total += here * 2 * dims * seen * prompt
         return total * self._model.heads / self._topology.tp

@@ -146,8 +146,13 @@ def why_so_many_tokens(plan: MemoryPlan) -> str:
     weights = next(line.predicted_bytes for line in spent if line.name == "weights")
     rest = sum(line.predicted_bytes for line in spent) - weights
     per_token = tightest.block_bytes * plan.num_blocks / max(plan.kv_tokens, 1)
+    by_global = (
+        f" (in requests of {plan.context:,}; {plan.global_kv_tokens:,} by the global layers alone)"
+        if plan.global_kv_tokens > plan.kv_tokens
+        else ""
+    )
     return (
-        f"KV cache: {plan.kv_tokens:,} tokens because rank {tightest.rank} has "
+        f"KV cache: {plan.kv_tokens:,} tokens{by_global} because rank {tightest.rank} has "
         f"{size(tightest.budget_bytes)}, weights take {size(weights)} of it and everything else "
         f"{size(rest)}; the {size(tightest.kv_bytes)} left hold {plan.num_blocks:,} blocks, "
         f"{size(per_token)} a token"

@@ -76,12 +76,13 @@ def run_ranks_as_threads(
     ``kv_groups`` deals the layers out to that many groups, each under a block table of its own.
     """
     spec = load_spec(directory, dtype, kv_dtype)
-    (whole,) = spec.kv_groups
-    groups = tuple(
-        msgspec.structs.replace(whole, name=f"part {g}", layers=whole.layers[g::kv_groups])
-        for g in range(kv_groups)
-    )
-    spec = msgspec.structs.replace(spec, kv_groups=groups)
+    if kv_groups > 1:
+        (whole,) = spec.kv_groups
+        groups = tuple(
+            msgspec.structs.replace(whole, name=f"part {g}", layers=whole.layers[g::kv_groups])
+            for g in range(kv_groups)
+        )
+        spec = msgspec.structs.replace(spec, kv_groups=groups)
     checkpoint = read_index(directory)
     check_against(spec, checkpoint)
     stages = cut_stages(spec, topology, 1 << 30)
@@ -152,7 +153,8 @@ class Job:
     slot: int = -1
     computed: int = 0
     in_flight: int = 0
-    blocks: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=list)
+    """Blocks per KV group: a block is one group's at a time."""
 
     @property
     def known(self) -> int:
@@ -215,10 +217,11 @@ class Driver:
             blocks = self._blocks(job, job.computed + count)
             if job.slot < 0:
                 job.slot = self.slots.pop(0)
+                assert blocks is not None
                 new_rows.append(self._new_row(job, blocks))
-                blocks = []
+                blocks = None
             wants = job.computed + count == known
-            rows.append((job, Advance(job.slot, count, self._tables(blocks) if blocks else None, wants)))
+            rows.append((job, Advance(job.slot, count, blocks, wants)))
             job.computed += count
             job.in_flight += wants
             left -= count
@@ -227,39 +230,38 @@ class Driver:
         self._send(new_rows, [advance for _, advance in rows])
         return rows
 
-    def _new_row(self, job: Job, blocks: list[int]) -> NewRow:
+    def _new_row(self, job: Job, blocks: tuple[list[int], ...]) -> NewRow:
         return NewRow(
             slot=job.slot,
             token_ids=job.prompt_ids + job.output_ids,
             num_prompt_tokens=len(job.prompt_ids),
             num_computed_tokens=job.computed,
-            block_ids=self._tables(blocks),
+            block_ids=blocks,
             sampling=job.sampling,
             banned_token_ids=[],
             banned_until=0,
         )
-
-    def _tables(self, blocks: list[int]) -> tuple[list[int], ...]:
-        # Other blocks in each group: a table that is mistaken for another's gives other tokens.
-        count, groups = self.instance.limits.num_blocks, len(self.instance.spec.kv_groups)
-        return tuple([(block + 17 * group) % count for block in blocks] for group in range(groups))
 
     def _send(self, new_rows: list[NewRow], advances: list[Advance]) -> None:
         self.instance.send(StepPlan(1, self.step, self.released, new_rows, advances))
         self.released = []
         self.step += 1
 
-    def _blocks(self, job: Job, tokens: int) -> list[int]:
-        size = self.instance.limits.block_tokens
-        taken = [self.free.pop() for _ in range(-(-tokens // size) - len(job.blocks))]
-        job.blocks += taken
-        return taken
+    def _blocks(self, job: Job, tokens: int) -> tuple[list[int], ...] | None:
+        """Return the new blocks of each group for ``tokens`` in all; None where no more are needed."""
+        job.tables = job.tables or [[] for _ in self.instance.spec.kv_groups]
+        missing = -(-tokens // self.instance.limits.block_tokens) - len(job.tables[0])
+        taken = tuple([self.free.pop() for _ in range(missing)] for _ in job.tables)
+        for table, new in zip(job.tables, taken, strict=True):
+            table += new
+        return taken if missing else None
 
     def _release(self, job: Job) -> None:
         self.released.append(job.slot)
         self.slots.append(job.slot)
-        self.free[:0] = job.blocks
-        job.slot, job.computed, job.blocks = -1, 0, []
+        for table in job.tables:
+            self.free[:0] = table
+        job.slot, job.computed, job.tables = -1, 0, []
 
     def _commit(self, rows: list[tuple[Job, Advance]], result: StepResult) -> None:
         wanting = [job for job, advance in rows if advance.wants_logits]

@@ -27,11 +27,11 @@ class Keeping(Driver):
         super().__init__(instance, chunk=chunk)
         self.kept: dict[int, list[int]] = {}
 
-    def _new_row(self, job: Job, blocks: list[int]) -> NewRow:
-        return super()._new_row(job, job.blocks)
+    def _new_row(self, job: Job, blocks: tuple[list[int], ...]) -> NewRow:
+        return super()._new_row(job, (list(job.tables[0]),))
 
     def _release(self, job: Job) -> None:
-        self.kept[id(job)] = job.blocks
+        self.kept[id(job)] = job.tables[0]
         super()._release(job)
 
 
@@ -109,7 +109,7 @@ def test_a_prefix_that_is_there_gives_what_computing_it_gives(root: Path) -> Non
         first = Job(prompt, NEW_TOKENS)
         driver.run([first])
         # The same chunks: the same products, bit for bit.
-        hit = Job(prompt, NEW_TOKENS, computed=32, blocks=driver.kept[id(first)][:8])
+        hit = Job(prompt, NEW_TOKENS, computed=32, tables=[driver.kept[id(first)][:8]])
         driver.run([hit])
         again = Job(prompt, NEW_TOKENS, preempt_at=3)
         driver.run([again])

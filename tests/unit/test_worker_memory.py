@@ -38,22 +38,27 @@ def tiny_spec(groups: int = 1) -> ModelSpec:
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("granule", [1, 4096])
-def test_every_layer_of_the_stage_has_lines_of_its_own(groups: int, tp: int, granule: int) -> None:
+def test_every_layer_has_lines_of_its_own_in_the_blocks_of_its_group(
+    groups: int, tp: int, granule: int
+) -> None:
     spec, layers = tiny_spec(groups), range(1, 4)
-    per_block = 3 * sum(g.bytes_per_token(Topology(tp), layers) for g in spec.kv_groups)
+    places = 3 if groups == 1 else 2
+    per_block = 3 * places * spec.kv_groups[0].bytes_per_token(Topology(tp), range(1))
     layout = KVLayout.of(spec, layers, Topology(tp), 7, 3, 7 * per_block, granule)
     assert layout.used_bytes == 7 * per_block
-    assert layout.used_bytes <= layout.size_bytes < layout.used_bytes + 3 * granule
+    assert layout.used_bytes <= layout.size_bytes < layout.used_bytes + places * granule
+    assert len(layout.places) == places
     assert all(offset % granule == 0 for offset in layout.offsets.values())
     cache = KVTensors(spec, Topology(tp), layout, HostRegion.anonymous("test-kv", layout.size_bytes))
     for layer in layers:
         assert cache[layer].group == layer % groups
         assert cache[layer].lines.shape == (21, spec.kv_groups[0].local_heads(Topology(tp)) * 8)
-        cache[layer].lines.fill_(layer)
+        # A block belongs to one group: here every second one.
+        cache[layer].lines.view(7, 3, -1)[layer % groups :: groups] = layer
     for layer in layers:
         keys, values = cache[layer].keys_values(cache[layer].lines)
         assert keys.shape == values.shape == (spec.kv_groups[0].local_heads(Topology(tp)), 21, 4)
-        assert (cache[layer].lines == layer).all()
+        assert (cache[layer].lines.view(7, 3, -1)[layer % groups :: groups] == layer).all()
     with pytest.raises(KeyError):
         cache[0]
 

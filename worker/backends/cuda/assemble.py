@@ -172,7 +172,7 @@ class Assembled:
         if self._device.is_alone:
             left = self._device.budget_bytes - self._device.used_bytes() - MARGIN_BYTES
             # Each layer's run of blocks is rounded up to a granule.
-            left -= self._kv.granule * len(self._layout.offsets)
+            left -= self._kv.granule * len(self._layout.places)
             blocks = min(self._mapped_blocks + max(left, 0) // self._block_bytes, self._most_blocks)
         self._map_blocks(blocks)
         self.runner.grant(blocks)
@@ -196,9 +196,9 @@ class Assembled:
     def _map_blocks(self, blocks: int) -> None:
         """Have the first ``blocks`` of every layer mapped."""
         granule = self._kv.granule
-        for layer, offset in self._layout.offsets.items():
-            page = self._layout.layer_bytes[layer] // self._layout.num_blocks
-            start = -(-self._mapped_blocks * page // granule) * granule
-            end = -(-blocks * page // granule) * granule
+        page = self._layout.layer_bytes // self._layout.num_blocks
+        start = -(-self._mapped_blocks * page // granule) * granule
+        end = -(-blocks * page // granule) * granule
+        for offset in self._layout.places:
             self._kv.map(offset + start, end - start)
         self._mapped_blocks = blocks
