@@ -5,6 +5,7 @@ A model's file states one ``Routing``; its layers' parameters are ``experts_gate
 score, ``router_bias``. ``worker/layers/moe.py`` runs them.
 """
 
+import math
 from typing import Literal
 
 import msgspec
@@ -12,10 +13,18 @@ import msgspec
 from models.parameter import Cut, ParameterSpec, Segment
 from models.spec import TokenChunks
 from protocol.errors import ModelFormatError
+from protocol.topology import Topology
 
 CHUNK_TOKENS = 1024
 """Tokens that go through a layer's experts together: a step of more is taken in pieces, so that what
 every choice of every token holds is bounded whatever the step."""
+
+SPLIT_ABOVE_TOKENS = 1024
+"""A step of no more is never split over the ranks of its experts: a GPU replays it from graphs, and to whom
+an exchange deals how many tokens is known as the step runs, by the host."""
+SPLIT_WORTH_BYTES = 8 << 20
+"""What splitting must spare a rank's link in a layer: it has three messages more than two all-reduces, some
+10 µs each, in which NVLink moves so much."""
 
 
 class Routing(msgspec.Struct, frozen=True):
@@ -67,14 +76,56 @@ class Routing(msgspec.Struct, frozen=True):
             )
 
 
+def splits_tokens(
+    routing: Routing, tokens: int, hidden_bytes: int, topology: Topology, *, has_shared: bool
+) -> bool:
+    """Return in which form a layer of placed experts takes a step: whether its tokens are split.
+
+    No: every rank has all tokens, runs its own experts, and an all-reduce sums. Yes: attention's sums are
+    scattered, each rank sends its tokens to the ranks of their experts, adds what comes back, and all is
+    gathered. Decided from sizes that are the same on all ranks.
+    """
+    if topology.ep == 1 or tokens <= SPLIT_ABOVE_TOKENS:
+        return False
+    spared = whole_bytes(hidden_bytes, topology.ep)
+    spared -= split_bytes(routing, hidden_bytes, topology.ep, has_shared=has_shared)
+    return tokens * spared >= SPLIT_WORTH_BYTES
+
+
+def whole_bytes(hidden_bytes: int, ranks: int) -> float:
+    """Return what a rank sends for each token of a step where a layer has its two all-reduces."""
+    return 4 * (ranks - 1) / ranks * hidden_bytes
+
+
+def split_bytes(routing: Routing, hidden_bytes: int, ranks: int, *, has_shared: bool) -> float:
+    """Return the same where tokens are split: scattered, dealt out, brought back and gathered.
+
+    Of shared experts, which are cut, every rank needs all tokens: they are gathered for them and the sums
+    scattered, which takes as much again as scattering and gathering do.
+    """
+    scattered = (4 if has_shared else 2) * (ranks - 1) / ranks * hidden_bytes
+    told = 8 * routing.top_k + 4
+    return scattered + ranks_reached(routing, ranks) / ranks * (2 * hidden_bytes + told)
+
+
+def ranks_reached(routing: Routing, ranks: int) -> float:
+    """Return how many ranks but its own hold choices of a token, if it chooses evenly among all experts."""
+    elsewhere = routing.experts - routing.experts // ranks
+    none = math.comb(elsewhere, routing.top_k) / math.comb(routing.experts, routing.top_k)
+    return (ranks - 1) * (1 - none)
+
+
 def expert_chunks(routing: Routing, hidden: int, intermediate: int) -> TokenChunks:
     """Return what a layer's routed experts hold for a chunk of tokens.
 
     For each of a token's choices: its input, gathered by expert, and its output, both whole; gate|up
     and their product, which the group divides. Beside them the choices' sum, which may be in float32.
-    ``intermediate`` is one expert's, whole.
+    ``intermediate`` is one expert's, whole. Where experts are placed, all of a chunk's choices may be one
+    rank's: nothing is divided, and where the tokens are split, that rank holds what was sent to it, what it
+    sends back, and both once more as messages.
     """
-    return TokenChunks(CHUNK_TOKENS, (routing.top_k + 1) * 2 * hidden, routing.top_k * 3 * intermediate)
+    choices, inner = (routing.top_k + 1) * 2 * hidden, routing.top_k * 3 * intermediate
+    return TokenChunks(CHUNK_TOKENS, choices, inner, placed=choices + inner + 4 * hidden)
 
 
 def expert_parameters(

@@ -66,10 +66,13 @@ class TokenChunks(msgspec.Struct, frozen=True):
     """Elements per token of a chunk that every rank holds whole."""
     cut: int
     """The same for those that are divided by tp."""
+    placed: int = 0
+    """What one rank may hold of each token of a chunk instead of both, where experts are placed (ep)."""
 
-    def elements(self, step_tokens: int, tp: int) -> int:
+    def elements(self, step_tokens: int, topology: Topology) -> int:
         """Return the most elements that one rank holds in a step."""
-        return min(step_tokens, self.tokens) * (self.whole + math.ceil(self.cut / tp))
+        of_token = self.placed if topology.ep > 1 else self.whole + math.ceil(self.cut / topology.tp)
+        return min(step_tokens, self.tokens) * of_token
 
 
 class ModelSpec(msgspec.Struct, frozen=True):

@@ -20,6 +20,7 @@ from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25ForConditiona
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from tests.golden.harness import Driver, Job, run_ranks_as_threads
+from tests.golden.tiny import force_split
 from tests.server import served
 from tests.unit.text_models import byte_level
 
@@ -142,11 +143,11 @@ def as_published(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def check_layout(root: Path, variant: str, tp: int, pp: int, kv_groups: int = 1) -> None:
+def check_layout(root: Path, variant: str, tp: int, pp: int, kv_groups: int = 1, ep: int = 1) -> None:
     """Hold the likeliest tokens of every position, and every greedy token, against the reference."""
     directory, answers = tiny(root, variant)
     sampling = SamplingParams(temperature=0.0, seed=0, logprobs=8, prompt_logprobs=8)
-    with run_ranks_as_threads(directory, Topology(tp, pp), kv_groups=kv_groups) as instance:
+    with run_ranks_as_threads(directory, Topology(tp, pp, ep), kv_groups=kv_groups) as instance:
         for chunk, depth in ((64, 1), (7, pp + 1)):
             jobs = [
                 Job(known[:-NEW_TOKENS], NEW_TOKENS, sampling, start_step=i % 3)
@@ -172,6 +173,18 @@ def test_layout_matches_transformers(root: Path, variant: str, tp: int, pp: int)
 @pytest.mark.parametrize("variant", ["dense", "two shared", "queries at once"])
 def test_variant_matches_transformers(root: Path, variant: str) -> None:
     check_layout(root, variant, 2, 1)
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize(
+    ("variant", "tp", "pp"),
+    [("two shared", 2, 1), ("deepseek", 4, 1), ("kimi", 8, 1), ("deepseek", 2, 2), ("kimi", 4, 2)],
+)
+def test_placed_experts_match_transformers(
+    root: Path, variant: str, tp: int, pp: int, is_split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force_split(monkeypatch, is_split=is_split)
+    check_layout(root, variant, tp, pp, ep=tp)
 
 
 def test_latents_go_by_the_tables_of_their_groups(root: Path) -> None:
@@ -226,3 +239,14 @@ def test_processes_answer_as_transformers(root: Path) -> None:
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS + LONG_LAYOUTS)
 def test_every_layout_matches_transformers(root: Path, variant: str, tp: int, pp: int) -> None:
     check_layout(root, variant, tp, pp)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("variant", CHANGES)
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2)])
+def test_every_layout_of_placed_experts_matches_transformers(
+    root: Path, variant: str, tp: int, pp: int, is_split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force_split(monkeypatch, is_split=is_split)
+    check_layout(root, variant, tp, pp, ep=tp)

@@ -22,7 +22,7 @@ from transformers import (
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from tests.golden.harness import Driver, Job, run_ranks_as_threads
-from tests.golden.tiny import NEW_TOKENS, TOLERANCE, Reference, answers_of, run_layout
+from tests.golden.tiny import NEW_TOKENS, TOLERANCE, Reference, answers_of, force_split, run_layout
 from tests.server import served
 from tests.unit.text_models import byte_level
 from tests.unit.text_models import directory as write_text_files
@@ -102,6 +102,25 @@ def test_dense_layouts_match_transformers(root: Path, kv_heads: int, tp: int, pp
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_mixtures_match_transformers(root: Path, kv_heads: int, kind: str, tp: int, pp: int) -> None:
     run_layout(*moe(root, kv_heads, kind), tp, pp)
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize(
+    ("tp", "pp", "kind"),
+    [
+        (2, 1, "some sparse"),
+        (4, 1, "all sparse"),
+        (8, 1, "all sparse"),
+        (2, 2, "all sparse"),
+        (4, 2, "all sparse"),
+        (8, 2, "all sparse"),
+    ],
+)
+def test_placed_experts_match_transformers(
+    root: Path, tp: int, pp: int, kind: str, is_split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force_split(monkeypatch, is_split=is_split)
+    run_layout(*moe(root, 2, kind), tp, pp, ep=tp)
 
 
 @pytest.mark.long

@@ -51,10 +51,17 @@ def check(jobs: list[Job], reference: Reference) -> None:
         assert [one.token_id for one in job.logprobs] == token_ids
 
 
-def run_layout(directory: Path, reference: Reference, tp: int, pp: int) -> None:
+def run_layout(directory: Path, reference: Reference, tp: int, pp: int, ep: int = 1) -> None:
     """Hold one layout to the reference: prompts whole, then in chunks of 7 with several steps in flight."""
-    with run_ranks_as_threads(directory, Topology(tp, pp)) as instance:
+    with run_ranks_as_threads(directory, Topology(tp, pp, ep)) as instance:
         for chunk, depth in ((64, 1), (7, pp + 1)):
             jobs = jobs_of(reference)
             Driver(instance, chunk=chunk, depth=depth).run(jobs)
             check(jobs, reference)
+
+
+def force_split(monkeypatch: pytest.MonkeyPatch, *, is_split: bool) -> None:
+    """Have layers of placed experts take every step in one form, by at most 8 tokens at a time."""
+    monkeypatch.setattr("worker.layers.moe.splits_tokens", lambda *_, **__: is_split)
+    for module in ("moe", "expert_exchange"):
+        monkeypatch.setattr(f"worker.layers.{module}.CHUNK_TOKENS", 8)

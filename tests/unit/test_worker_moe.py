@@ -1,5 +1,6 @@
 """Routing and experts against a naive twin: one token, one choice, one product at a time."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from models.moe import CHUNK_TOKENS, Routing, expert_chunks
 from protocol.errors import ModelFormatError
+from protocol.topology import Topology
 from worker.backends.base import ExpertWeights
 from worker.backends.cpu import CpuBackend
 from worker.backends.cpu_moe import route
@@ -90,6 +92,25 @@ def test_experts_equal_their_naive_twin(case: dict[str, Any], tokens: int, seed:
     torch.testing.assert_close(experts.run(x, routed), naive(x, weights, routing), rtol=1e-4, atol=1e-4)
 
 
+@settings(max_examples=40, deadline=None)
+@given(case=routings, tokens=st.integers(0, 40), seed=st.integers(0, 1000), data=st.data())
+def test_parts_of_placed_experts_add_up(
+    case: dict[str, Any], tokens: int, seed: int, data: st.DataObject
+) -> None:
+    routing, draw = routing_of(case), torch.Generator().manual_seed(seed)
+    weights = weights_of(routing, draw)
+    x = torch.randn(tokens, HIDDEN, generator=draw)
+    sizes = [d for d in range(1, routing.experts + 1) if routing.experts % d == 0]
+    size = data.draw(st.sampled_from(sizes))
+    total = torch.zeros_like(x)
+    for first in range(0, routing.experts, size):
+        own = slice(first, first + size)
+        local = replace(weights, gate_up=weights.gate_up[own], down=weights.down[own], first=first)
+        experts = CpuBackend(1024).experts(local, routing)
+        total += experts.run(x, experts.route(x))
+    torch.testing.assert_close(total, naive(x, weights, routing), rtol=1e-4, atol=1e-4)
+
+
 def test_a_bias_moves_the_choice_and_not_the_weight() -> None:
     routing = Routing(experts=4, top_k=1, scores="sigmoid", has_bias=True)
     routed = route(torch.tensor([[3.0, 0.0, 0.0, 0.0]]), routing, torch.tensor([0.0, 0.0, 9.0, 0.0]))
@@ -133,6 +154,9 @@ def test_a_routing_that_nobody_could_follow(fields: dict[str, Any], field: str) 
 
 def test_what_a_chunk_holds_stops_growing_with_the_step() -> None:
     chunks = expert_chunks(Routing(experts=8, top_k=2), hidden=10, intermediate=7)
-    assert chunks.elements(1, 1) == 3 * 2 * 10 + 2 * 3 * 7
-    assert chunks.elements(100, 2) == 100 * (60 + 21)
-    assert chunks.elements(8192, 4) == chunks.elements(CHUNK_TOKENS, 4) == CHUNK_TOKENS * (60 + 11)
+    assert chunks.elements(1, Topology()) == 3 * 2 * 10 + 2 * 3 * 7
+    assert chunks.elements(100, Topology(2)) == 100 * (60 + 21)
+    assert chunks.elements(8192, Topology(4)) == chunks.elements(CHUNK_TOKENS, Topology(4))
+    assert chunks.elements(8192, Topology(4)) == CHUNK_TOKENS * (60 + 11)
+    # All of a chunk's choices may be those of one rank's experts, and come to it in messages.
+    assert chunks.elements(8192, Topology(4, ep=4)) == CHUNK_TOKENS * (60 + 42 + 4 * 10)

@@ -30,10 +30,12 @@ class ExpertWeights:
     bias: torch.Tensor | None
     """[experts], float32: corrects the scores for the choice; None: nothing does."""
     gate_up: torch.Tensor
-    """[experts, 2 * width, hidden], each expert's gate first and then up; width: this rank's part of an
-    expert's inner features."""
+    """[local experts, 2 * width, hidden], each expert's gate first and then up; width: this rank's part of
+    an expert's inner features."""
     down: torch.Tensor
-    """[experts, hidden, width]."""
+    """[local experts, hidden, width]."""
+    first: int = 0
+    """Id of the first local expert; the others follow it. Where experts are cut, all are local."""
 
 
 class Experts(Protocol):
@@ -46,9 +48,10 @@ class Experts(Protocol):
         """
 
     def run(self, x: torch.Tensor, routed: Routed) -> torch.Tensor:
-        """Return Σ weight · down(silu(gate(x)) · up(x)) over each token's choices, [tokens, hidden].
+        """Return Σ weight · down(silu(gate(x)) · up(x)) over each token's local choices, [tokens, hidden].
 
-        A partial sum over the group where inner features are cut. Where the routing weighs inputs,
+        A partial sum over the group: of inner features where these are cut, of experts where they are
+        placed; choices that are not local count nothing. Where the routing weighs inputs,
         down(silu(gate(weight · x)) · up(weight · x)). Holds what ``models.moe.expert_chunks`` charges.
         """
 

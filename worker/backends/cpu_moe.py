@@ -46,12 +46,15 @@ class CpuExperts:
 
     def run(self, x: torch.Tensor, routed: Routed) -> torch.Tensor:
         """See ``Experts.run``."""
-        flat = routed.experts.flatten()
+        num_local = self._weights.gate_up.shape[0]
+        flat = routed.experts.flatten() - self._weights.first
+        # Choices of experts elsewhere stand last, behind those of the local ones.
+        flat = flat.masked_fill_((flat < 0) | (flat >= num_local), num_local)
         # A stable sort keeps an expert's tokens, and so each token's sum, in the same order at every size.
         order = flat.argsort(stable=True)
         tokens = order // routed.experts.shape[1]
         weights = routed.weights.flatten()[order].unsqueeze(-1)
-        counts = flat.bincount(minlength=self._routing.experts).tolist()
+        counts = flat.bincount(minlength=num_local)[:num_local].tolist()
         total = torch.zeros(x.shape, dtype=torch.float32)
         end = 0
         for expert, count in enumerate(counts):

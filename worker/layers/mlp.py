@@ -2,6 +2,7 @@
 
 import torch
 
+from worker.layers.norm import RMSNorm
 from worker.layers.parts import Parts
 
 
@@ -16,3 +17,7 @@ class SwiGLU:
         """Return this rank's part [tokens, hidden]."""
         backend = self._backend
         return backend.linear(backend.swiglu_linear(x, self._gate_up), self._down)
+
+    def after(self, residual: torch.Tensor, update: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """Sum attention's partial ``update``, add it to ``residual``, and return the part of their norm."""
+        return self(norm.after(residual, update))

@@ -2,19 +2,22 @@
 
 import torch
 
-from models.moe import CHUNK_TOKENS, Routing
+from models.moe import CHUNK_TOKENS, Routing, splits_tokens
 from worker.backends.base import ExpertWeights
+from worker.layers.expert_exchange import ExpertExchange
 from worker.layers.mlp import SwiGLU
+from worker.layers.norm import RMSNorm
 from worker.layers.parts import Parts
 
 
 class MoE:
     """Σ weight · expert(x) over a token's choices; what it returns is a partial sum over the group.
 
-    Experts are cut over the group as a dense block is: each rank holds a slice of every expert's inner
-    features. The router is whole on every rank. Parameters under ``prefix``: ``router``
+    Experts are cut over the group as a dense block is (each rank holds a slice of every expert's inner
+    features) or placed over it (``Topology.ep``: each rank holds some experts whole, and its part of the
+    sum is theirs). The router is whole on every rank. Parameters under ``prefix``: ``router``
     [experts, hidden], ``router_bias`` [experts] if the routing has one, ``experts_gate_up``
-    [experts, 2 * width, hidden] and ``experts_down`` [experts, hidden, width].
+    [local experts, 2 * width, hidden] and ``experts_down`` [local experts, hidden, width].
 
     An expert that all tokens share is a dense block beside the others: state its parameters as any
     block's (``shared_gate_up``, ``shared_down``, cut over the group) and give
@@ -25,7 +28,9 @@ class MoE:
 
     def __init__(self, parts: Parts, prefix: str, routing: Routing, shared: SwiGLU | None = None) -> None:
         """Errors: ``UnsupportedModelError`` where the backend cannot run such experts."""
-        weights = parts.weights
+        weights, comm = parts.weights, parts.comm
+        local = weights.local_parts(f"{prefix}experts_gate_up")
+        self._routing, self._topology = routing, comm.topology
         self._shared = shared
         self._experts = parts.backend.experts(
             ExpertWeights(
@@ -33,9 +38,11 @@ class MoE:
                 bias=weights[f"{prefix}router_bias"] if routing.has_bias else None,
                 gate_up=weights[f"{prefix}experts_gate_up"],
                 down=weights[f"{prefix}experts_down"],
+                first=local.start,
             ),
             routing,
         )
+        self._exchange = ExpertExchange(comm, self._experts, len(local), shared)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's part [tokens, hidden], computed a chunk of tokens at a time."""
@@ -45,6 +52,21 @@ class MoE:
         for first in range(0, x.shape[0], CHUNK_TOKENS):
             found[first : first + CHUNK_TOKENS] = self._of_chunk(x[first : first + CHUNK_TOKENS])
         return found
+
+    def after(self, residual: torch.Tensor, update: torch.Tensor, norm: RMSNorm) -> torch.Tensor | None:
+        """Sum attention's partial ``update``, add it to ``residual``, and return the part of their norm.
+
+        All [tokens, hidden]; the first two are changed in place. None: nothing is left to sum, the block is
+        in the residual already.
+        """
+        hidden_bytes = residual.shape[1] * residual.element_size()
+        has_shared = self._shared is not None
+        if splits_tokens(
+            self._routing, residual.shape[0], hidden_bytes, self._topology, has_shared=has_shared
+        ):
+            self._exchange.run(residual, update, norm)
+            return None
+        return self(norm.after(residual, update))
 
     def _of_chunk(self, x: torch.Tensor) -> torch.Tensor:
         found = self._experts.run(x, self._experts.route(x))

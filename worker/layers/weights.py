@@ -29,6 +29,10 @@ class Weights:
         """Return the statement of a parameter."""
         return self._placed[name].spec
 
+    def local_parts(self, name: str) -> range:
+        """Return which parts of a stack this rank holds."""
+        return self.spec(name).local_parts(self._topology, self.tp_rank)
+
     def pieces(self, name: str) -> tuple[Piece, ...]:
         """Return what this rank holds of a parameter, segment by segment."""
         return self.spec(name).pieces(self._topology, self.tp_rank)

@@ -20,8 +20,15 @@ class AttentionBlock(Protocol):
         """Return this rank's partial sum [tokens, hidden], or [wanted, hidden]."""
 
 
-FeedForward = Callable[[torch.Tensor], torch.Tensor]
-"""From [tokens, hidden] to this rank's partial sum [tokens, hidden]: dense, or a mixture of experts."""
+class FeedForward(Protocol):
+    """What a layer needs of its other block: dense, or a mixture of experts."""
+
+    def after(self, residual: torch.Tensor, update: torch.Tensor, norm: RMSNorm) -> torch.Tensor | None:
+        """Sum attention's partial ``update`` over the group, add it to ``residual``, and run on their norm.
+
+        All [tokens, hidden]; the first two are changed in place. Returns this rank's partial sum, or None
+        where the block's own sum is in the residual already.
+        """
 
 
 class DecoderLayer:
@@ -71,10 +78,9 @@ class Decoder:
             update = layer.attention(x, rotation, step, wanted)
             if wanted is not None:
                 hidden = hidden.index_select(0, wanted.tokens)
-            x = layer.mlp_norm.after(hidden, update)
-            update = layer.mlp(x)
-        assert update is not None
-        self._parts.backend.reduce_add(hidden, update, self._parts.comm)
+            update = layer.mlp.after(hidden, update, layer.mlp_norm)
+        if update is not None:
+            self._parts.backend.reduce_add(hidden, update, self._parts.comm)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
