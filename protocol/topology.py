@@ -11,7 +11,8 @@ class Topology(msgspec.Struct, frozen=True):
     ep: int = 1
     """Above 1 it is tp: routed experts are placed over the group, each whole on one rank, not cut by it."""
     dcp: int = 1
-    """Ranks, neighbours in a group, that keep the KV of the same heads by position, each a part of it."""
+    """Ranks, neighbours in a group, that keep the KV of the same heads by position, each a part of it: the
+    one with ``dcp_rank`` r keeps the positions p with p % dcp = r."""
 
     def __post_init__(self) -> None:
         if min(self.tp, self.pp, self.ep, self.dcp) < 1:
@@ -43,6 +44,20 @@ class Topology(msgspec.Struct, frozen=True):
     def dcp_rank(self, tp_rank: int) -> int:
         """Which part of the positions the rank at a place in its group keeps."""
         return tp_rank % self.dcp
+
+    def dcp_group(self, rank: int) -> range:
+        """Ranks that keep the positions of the same heads' KV, ``rank`` among them."""
+        first = rank - self.dcp_rank(self.tp_rank(rank))
+        return range(first, first + self.dcp)
+
+    def page_tokens(self, block_tokens: int) -> int:
+        """Tokens of one rank's page of a block of ``block_tokens``: it is a page on each of dcp ranks."""
+        assert block_tokens % self.dcp == 0, (block_tokens, self)
+        return block_tokens // self.dcp
+
+    def whole_block(self, block_tokens: int) -> int:
+        """Tokens of the least block of at least so many that dcp pages of one size make."""
+        return -(-block_tokens // self.dcp) * self.dcp
 
     def is_first(self, rank: int) -> bool:
         """Whether the rank's stage embeds tokens."""

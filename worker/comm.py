@@ -10,7 +10,27 @@ from worker.comm_gloo import GlooCommunicator
 from worker.comm_group import CollectiveError
 from worker.comm_threads import ThreadCommunicator, thread_group
 
-__all__ = ["CollectiveError", "Communicator", "GlooCommunicator", "ThreadCommunicator", "thread_group"]
+__all__ = [
+    "CollectiveError",
+    "Collectives",
+    "Communicator",
+    "GlooCommunicator",
+    "ThreadCommunicator",
+    "thread_group",
+]
+
+
+class Collectives(Protocol):
+    """The collectives of one rank among some others, more than one rank in all; ``n`` of them below.
+
+    As those of ``Communicator``, with these ranks in the place of the tp group.
+    """
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [n, *x.shape], in rank order."""
+
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's share of the sum over the ranks of ``x``, whose first dimension n divides."""
 
 
 class Communicator(Protocol):
@@ -24,6 +44,10 @@ class Communicator(Protocol):
 
     rank: int
     topology: Topology
+
+    @property
+    def dcp(self) -> Collectives | None:
+        """Return the ways to the ranks that keep the other positions of the same KV; None for dcp 1."""
 
     def all_reduce(self, x: torch.Tensor) -> None:
         """Replace ``x`` by its sum over the tp group, added in rank order: the same bits on all ranks."""

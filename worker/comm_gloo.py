@@ -90,11 +90,12 @@ class GlooCommunicator:
         rank: int,
         topology: Topology,
         group: TensorGroup | None,
+        dcp: TensorGroup | None,
         lines: tuple[_Line, _Line, _Line] | None,
         store: FileStore | None,
     ) -> None:
         """``lines``: of hidden states, tokens and barriers; None without a pipeline. Use ``connect``."""
-        self.rank, self.topology = rank, topology
+        self.rank, self.topology, self.dcp = rank, topology, dcp
         self._group, self._lines, self._store = group, lines, store
         stage, place = topology.stage(rank), topology.tp_rank(rank)
         self._next = None if topology.is_last(rank) else topology.rank(stage + 1, place)
@@ -112,20 +113,20 @@ class GlooCommunicator:
         all without a pipeline. Errors: ``CollectiveError``.
         """
         if topology.world_size == 1:
-            return cls(rank, topology, None, None, None)
+            return cls(rank, topology, None, None, None, None)
         path = Path(rendezvous_file)
         everybody = [r for r in range(topology.world_size) if r != rank]
         store = _guarded(
             rank, "connect", everybody, timeout_s, lambda: FileStore(str(path), topology.world_size)
         )
         store.set_timeout(timedelta(seconds=timeout_s))
-        group = None
-        if topology.tp > 1:
-            ranks = list(topology.tp_group(topology.stage(rank)))
-            window = open_window(path, store, rank, ranks, timeout_s)
-            group = TensorGroup(window, topology.tp_rank(rank), topology.tp)
+        ranks = topology.tp_group(topology.stage(rank))
+        group = _window_group("tp", path, store, rank, ranks, timeout_s)
+        dcp = group
+        if topology.dcp < topology.tp:
+            dcp = _window_group("dcp", path, store, rank, topology.dcp_group(rank), timeout_s)
         lines = _connect_lines(store, topology, rank, timeout_s) if topology.pp > 1 else None
-        return cls(rank, topology, group, lines, store)
+        return cls(rank, topology, group, dcp, lines, store)
 
     def all_reduce(self, x: torch.Tensor) -> None:
         """See ``Communicator.all_reduce``."""
@@ -181,10 +182,21 @@ class GlooCommunicator:
 
     def close(self) -> None:
         """See ``Communicator.close``."""
-        if self._group is not None:
-            self._group.close()
+        for group in (self._group, self.dcp):
+            if group is not None:
+                group.close()
         for line in self._lines or ():
             line.close()
+
+
+def _window_group(
+    name: str, path: Path, store: FileStore, rank: int, ranks: Sequence[int], timeout_s: float
+) -> TensorGroup | None:
+    """Return the collectives of some ranks over a window of their own; None for one rank alone."""
+    if len(ranks) == 1:
+        return None
+    window = open_window(name, path, store, rank, ranks, timeout_s)
+    return TensorGroup(window, ranks.index(rank), len(ranks))
 
 
 def _connect_lines(

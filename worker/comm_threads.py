@@ -141,12 +141,13 @@ class ThreadCommunicator:
         rank: int,
         topology: Topology,
         group: TensorGroup | None,
+        dcp: TensorGroup | None,
         world: TensorGroup | None,
         channels: dict[tuple[str, int, int], _Channel],
         switch: _Switch,
         timeout_s: float,
     ) -> None:
-        self.rank, self.topology = rank, topology
+        self.rank, self.topology, self.dcp = rank, topology, dcp
         self._group, self._world, self._channels = group, world, channels
         self._switch, self._timeout_s = switch, timeout_s
 
@@ -217,6 +218,7 @@ def thread_group(topology: Topology, timeout_s: float = 60.0) -> list[ThreadComm
     everybody = range(topology.world_size)
     world = _Hall(switch, everybody)
     halls = [_Hall(switch, topology.tp_group(stage)) for stage in range(topology.pp)]
+    parts = {ranks: _Hall(switch, ranks) for ranks in map(topology.dcp_group, everybody)}
     channels: dict[tuple[str, int, int], _Channel] = {}
     for rank in everybody:
         if not topology.is_last(rank):
@@ -230,15 +232,11 @@ def thread_group(topology: Topology, timeout_s: float = 60.0) -> list[ThreadComm
             return None
         return TensorGroup(_Seat(hall, rank, timeout_s), hall.ranks.index(rank), size)
 
-    return [
-        ThreadCommunicator(
-            rank,
-            topology,
-            seat(halls[topology.stage(rank)], rank),
-            seat(world, rank),
-            channels,
-            switch,
-            timeout_s,
+    def communicator(rank: int) -> ThreadCommunicator:
+        group = seat(halls[topology.stage(rank)], rank)
+        dcp = group if topology.dcp == topology.tp else seat(parts[topology.dcp_group(rank)], rank)
+        return ThreadCommunicator(
+            rank, topology, group, dcp, seat(world, rank), channels, switch, timeout_s
         )
-        for rank in everybody
-    ]
+
+    return [communicator(rank) for rank in everybody]

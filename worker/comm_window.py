@@ -102,10 +102,11 @@ class Window:
 
 
 def open_window(
-    rendezvous: Path, store: Store, rank: int, ranks: Sequence[int], timeout_s: float
+    name: str, rendezvous: Path, store: Store, rank: int, ranks: Sequence[int], timeout_s: float
 ) -> Window:
     """Connect ``rank`` with the others of its group through sockets beside the rendezvous file.
 
+    ``name`` tells the groups apart that a rank is in.
     The group's first rank makes the memory and hands out its descriptor. The directory must be
     private; what connects must be a process of the same user.
     Errors: ``CollectiveError`` where a peer does not come in time, or is not what it should be.
@@ -118,16 +119,16 @@ def open_window(
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             # Through the directory's descriptor a path of any length fits a socket's 108 bytes.
-            name = f"{rendezvous.name}.rank-{rank}"
-            listener.bind(f"/proc/self/fd/{directory}/{name}")
+            own = f"{rendezvous.name}.{name}-rank-{rank}"
+            listener.bind(f"/proc/self/fd/{directory}/{own}")
             try:
                 listener.listen(len(ranks))
-                store.set(f"window/{rank}", "listens")
+                store.set(f"window/{name}/{rank}", "listens")
                 for peer in ranks[:index]:
-                    store.wait([f"window/{peer}"])
+                    store.wait([f"window/{name}/{peer}"])
                     peers[peer] = connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                     connection.settimeout(max(deadline_s - time.monotonic(), 0.001))
-                    connection.connect(f"/proc/self/fd/{directory}/{rendezvous.name}.rank-{peer}")
+                    connection.connect(f"/proc/self/fd/{directory}/{rendezvous.name}.{name}-rank-{peer}")
                     connection.send(_PACKET.pack(0, rank, 0))
                 while len(peers) < len(ranks) - 1:
                     listener.settimeout(max(deadline_s - time.monotonic(), 0.001))
@@ -136,7 +137,7 @@ def open_window(
                         connection
                     )
             finally:
-                Path(rendezvous.parent, name).unlink(missing_ok=True)
+                Path(rendezvous.parent, own).unlink(missing_ok=True)
         if index == 0:
             for connection in peers.values():
                 socket.send_fds(connection, [b"memory"], [memory_fd])

@@ -80,6 +80,7 @@ class Work:
             part[: shape[0]] += index
         share = ordered_sum(tall).view(tp, *shape)[self.place]
         same(comm.reduce_scatter(tall[self.place]), share, "reduce_scatter")
+        self._part_of_group(turn, shape, dtype)
         self._pause()
         dealt = [[(turn + sender + taker) % 3 for taker in range(tp)] for sender in range(tp)]
         sent = [
@@ -89,6 +90,20 @@ class Work:
         came = [x.split(counts)[self.place] for x, counts in zip(sent, dealt, strict=True)]
         found = comm.all_to_all(sent[self.place], dealt[self.place])
         same(found, torch.cat(came), "all_to_all")
+
+    def _part_of_group(self, turn: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        comm, topology = self.comm, self.comm.topology
+        if comm.dcp is None:
+            assert topology.dcp == 1
+            return
+        parts = [tensor(self.seed, rank, turn, shape, dtype) for rank in topology.dcp_group(comm.rank)]
+        mine = topology.dcp_rank(self.place)
+        same(comm.dcp.all_gather(parts[mine]), torch.stack(parts), "all_gather of dcp")
+        tall = [part.repeat(topology.dcp, 1) for part in parts]
+        for index, part in enumerate(tall):
+            part[: shape[0]] += index
+        share = ordered_sum(tall).view(topology.dcp, *shape)[mine]
+        same(comm.dcp.reduce_scatter(tall[mine]), share, "reduce_scatter of dcp")
 
     def _pipeline(self, turn: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
         """A step as the runner takes it: tokens come back late, and only when they are needed."""

@@ -78,7 +78,7 @@ def live(job: dict[str, Any], rank: int, rendezvous: str) -> dict[str, Any]:
     try:
         if rank in job.get("absent", ()):
             return answer | {"result": "absent"}
-        topology = Topology(tp=job["tp"], pp=job["pp"])
+        topology = Topology(tp=job["tp"], pp=job["pp"], dcp=job.get("dcp", 1))
         comm = GlooCommunicator.connect(topology, rank, rendezvous, job["timeout_s"])
         answer["result"] = SCENARIOS[job["scenario"]](comm, job)
     except CollectiveError as error:

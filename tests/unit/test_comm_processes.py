@@ -37,8 +37,8 @@ def run() -> Iterator[Run]:
         assert zygote.wait(10) == 0
 
 
-def check_all_operations(run: Run, tp: int, pp: int, seed: int, turns: int) -> None:
-    answers = run("all_operations", tp, pp, seed=seed, turns=turns, pause_s=0.003)
+def check_all_operations(run: Run, tp: int, pp: int, seed: int, turns: int, dcp: int = 1) -> None:
+    answers = run("all_operations", tp, pp, seed=seed, turns=turns, pause_s=0.003, dcp=dcp)
     # 0100007F is 127.0.0.1; without a pipeline there is nothing to listen for.
     expected = ["0100007F"] if pp > 1 else []
     assert [a.get("result", a) for a in answers] == [expected] * (tp * pp)
@@ -47,6 +47,11 @@ def check_all_operations(run: Run, tp: int, pp: int, seed: int, turns: int) -> N
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_all_operations(run: Run, tp: int, pp: int) -> None:
     check_all_operations(run, tp, pp, seed=1, turns=8)
+
+
+@pytest.mark.parametrize(("tp", "pp", "dcp"), [(4, 1, 2), (2, 2, 2)])
+def test_all_operations_of_parts_of_a_group(run: Run, tp: int, pp: int, dcp: int) -> None:
+    check_all_operations(run, tp, pp, seed=1, turns=8, dcp=dcp)
 
 
 @pytest.mark.long

@@ -18,6 +18,11 @@ def test_all_operations_under_random_delays(tp: int, pp: int) -> None:
     on_all_ranks(Topology(tp=tp, pp=pp), lambda comm: Work(comm, 5, 10, 0.002).run())
 
 
+@pytest.mark.parametrize(("tp", "pp", "dcp"), [(2, 1, 2), (4, 1, 2), (6, 2, 3)])
+def test_parts_of_a_group_have_collectives_of_their_own(tp: int, pp: int, dcp: int) -> None:
+    on_all_ranks(Topology(tp=tp, pp=pp, dcp=dcp), lambda comm: Work(comm, 5, 10, 0.002).run())
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize(("tp", "pp"), [*LAYOUTS, (4, 2), (2, 4)])

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from protocol.errors import UnsupportedModelError
 from protocol.topology import Topology
 from worker.backends.cuda.comm_ipc import IpcGroup, IpcLane
 from worker.backends.cuda.comm_memory import MOST_GROUP, LaneLayout, Regions, lay_out
@@ -48,6 +49,10 @@ class CudaCommunicator:
         self._lanes, self._nccl, self._store = lanes or {}, nccl, store
         self._is_closed = False
 
+    @property
+    def dcp(self) -> None:
+        """See ``Communicator.dcp``: ranks with GPUs have none yet, ``connect`` refuses the degree."""
+
     @classmethod
     def connect(
         cls,
@@ -65,8 +70,14 @@ class CudaCommunicator:
         Uses torch's current device. ``timeout_s`` bounds the meeting and every later wait. ``page_fd`` is
         the abort page that the supervisor made, and stays the caller's; a single rank needs none.
         ``nccl_bytes``: the longest message, where every rank has a GPU of its own; 0 leaves NCCL out.
-        Errors: ``CollectiveError``; ``CudaError``; ``ValueError`` for too many ranks.
+        Errors: ``CollectiveError``; ``CudaError``; ``ValueError`` for too many ranks;
+        ``UnsupportedModelError`` for KV that is kept by position.
         """
+        if topology.dcp > 1:
+            raise UnsupportedModelError(
+                f"KV kept by position over {topology.dcp} ranks is served on CPUs: on GPUs take dcp 1",
+                field="dcp",
+            )
         if topology.world_size == 1:
             return cls(rank, topology)
         if topology.tp > MOST_GROUP or topology.world_size > MOST_RANKS:
