@@ -254,7 +254,7 @@ def _fixed_lines(
     size, tp = DTYPE_BYTES[model.dtype], topology.tp
     activations = limits.step_tokens * math.ceil(model.activation_cut / tp)
     if model.chunks is not None:
-        activations = max(activations, model.chunks.elements(limits.step_tokens, tp))
+        activations = max(activations, model.chunks.elements(limits.step_tokens, topology))
     activations += limits.step_tokens * model.activation_whole
     cut, whole = math.ceil(model.vocab_size / tp), model.vocab_size
     expanded = _expanded_bytes(model, topology, limits) if overheads.expands_float8 else 0
