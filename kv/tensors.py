@@ -2,8 +2,9 @@
 
 A block is one layer group's at a time, so the first layers of all groups share one place, the second ones
 the next, and so on; a group with fewer layers here leaves the last places of its blocks empty. A layer's
-pages lie one after another, so that neighbouring blocks are one run of tokens and are read as a view. A token's line in a layer is its keys of all local heads, then its values. Whose
-memory it is, a memfd's or a GPU's, is a ``Region``'s business.
+pages lie one after another, so that neighbouring blocks are one run of tokens and are read as a view. A
+token's line in a layer is its keys of all local heads, then its values. Whose memory it is, a memfd's or a
+GPU's, is a ``Region``'s business.
 
 A page of a float8 cache is the scales of its tokens, a byte each in the order head, key or value,
 token; then their lines, a byte an element. So a head's scales of neighbouring tokens are neighbours; and

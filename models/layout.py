@@ -105,9 +105,10 @@ def stage_bytes(model: ModelSpec, topology: Topology, layers: range) -> int:
 def cut_stages(model: ModelSpec, topology: Topology, budget_bytes: int) -> tuple[range, ...]:
     """Cut the layers into stages so that the KV tokens of the tightest stage are the most.
 
-    ``budget_bytes`` is what one rank has for weights and KV. Maximises the minimum over stages of free bytes
-    / KV bytes per token, padding among these; among cuts within 2 % of that, takes the one whose heaviest
-    stage reads the fewest bytes (the fastest). Exact, by dynamic programming over the first layer of a stage.
+    ``budget_bytes`` is what one rank has for weights and KV. Maximises the minimum over stages of
+    free bytes / KV bytes per token, padding among these; among cuts within 2 % of that, takes the one
+    whose heaviest stage reads the fewest bytes (the fastest). Exact, by dynamic programming over the
+    first layer of a stage.
     """
     check_degrees(model, topology)
     pp, count = topology.pp, model.num_layers

@@ -76,7 +76,8 @@ def assemble(
     layout = KVLayout.of(spec, layers, topology, limits.num_blocks, limits.block_tokens, limits.kv_bytes)
     cache = KVTensors(spec, topology, layout, HostRegion.anonymous("tandem-kv", layout.size_bytes))
     converted = frozenset(g for g, group in enumerate(spec.kv_groups) if group.dtype != spec.dtype)
-    backend = CpuBackend(converted_groups=converted)
+    chunks = {g: group.window for g, group in enumerate(spec.kv_groups) if group.kind == "chunked"}
+    backend = CpuBackend(converted_groups=converted, chunks=chunks)
     weights = Weights(held, topology, topology.tp_rank(rank), HostRegion(memory))
     model = build(
         Parts(weights, cache, backend, comm),

@@ -12,15 +12,26 @@ from worker.context import BlockTable, RowSpan
 HEADS = 6
 
 
-def naive(qkv: torch.Tensor, cache: LayerCache, spans: list[RowSpan], block_tokens: int) -> torch.Tensor:
-    """Return [tokens, heads * dim], each token over its row's lines up to itself, in float64."""
+def naive(
+    qkv: torch.Tensor,
+    cache: LayerCache,
+    spans: list[RowSpan],
+    block_tokens: int,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """Return [tokens, heads * dim], each token over its row's lines up to itself, in float64.
+
+    ``chunk``: only over those of the same chunk.
+    """
     heads = (qkv.shape[1] - cache.lines.shape[1]) // cache.key_dim
     out = torch.empty(qkv.shape[0], heads, cache.value_dim, dtype=torch.float64)
     for span in spans:
         ids = span.tables[0].ids
         for i in range(span.count):
             seen = [
-                ids[t // block_tokens] * block_tokens + t % block_tokens for t in range(span.start + i + 1)
+                ids[t // block_tokens] * block_tokens + t % block_tokens
+                for t in range(span.start + i + 1)
+                if chunk is None or t // chunk == (span.start + i) // chunk
             ]
             lines = cache.lines[seen].double()
             for head in range(heads):
@@ -49,7 +60,13 @@ def random_step(draw: random.Random, block_tokens: int, num_blocks: int, rows: i
 
 
 def run_step(
-    draw: random.Random, kv_heads: int, dim: int, block_tokens: int, gather_blocks: int, dtype: torch.dtype
+    draw: random.Random,
+    kv_heads: int,
+    dim: int,
+    block_tokens: int,
+    gather_blocks: int,
+    dtype: torch.dtype,
+    chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     torch.set_num_threads(1)
     num_blocks = 200
@@ -62,7 +79,8 @@ def run_step(
     qkv = torch.randn(tokens, HEADS * dim + width, generator=generator).to(dtype)
     still = torch.zeros(tokens, 3, dim // 2, dtype=dtype)
     still[:, 0] = 1
-    backend = CpuBackend(gather_bytes=gather_blocks * block_tokens * width * 4)
+    chunks = {} if chunk is None else {0: chunk}
+    backend = CpuBackend(gather_bytes=gather_blocks * block_tokens * width * 4, chunks=chunks)
     plan = backend.plan_attention(spans, 0, block_tokens, width)
     before, given = lines.clone(), qkv.clone()
     with torch.inference_mode():
@@ -79,7 +97,7 @@ def run_step(
     for line in range(lines.shape[0]):
         expected = qkv[written[line], -width:] if line in written else before[line]
         assert torch.equal(lines[line], expected)
-    return found.double(), naive(qkv, cache, spans, block_tokens)
+    return found.double(), naive(qkv, cache, spans, block_tokens, chunk)
 
 
 def check_many(count: int, seed: int) -> None:
@@ -92,6 +110,7 @@ def check_many(count: int, seed: int) -> None:
             block_tokens=draw.choice([1, 3, 4, 16]),
             gather_blocks=draw.choice([1, 2, 5, 100]),
             dtype=torch.float32,
+            chunk=draw.choice([None, 1, 4, 7, 16, 30]),
         )
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
 

@@ -6,7 +6,9 @@ speed up to 3 rows; from 4 to about 192 rows oneDNN takes 0.55 to 0.8 of the tim
 the weights then costs as much as the product.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch.nn import functional
@@ -31,13 +33,19 @@ class CpuBackend:
     """``Backend`` on host memory. Owns the scratch that scattered pages are gathered into."""
 
     def __init__(
-        self, gather_bytes: int = GATHER_BYTES, converted_groups: frozenset[int] = frozenset()
+        self,
+        gather_bytes: int = GATHER_BYTES,
+        converted_groups: frozenset[int] = frozenset(),
+        chunks: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        """``converted_groups``: KV groups that are stored in another dtype than is computed in."""
+        """``converted_groups``: KV groups that are stored in another dtype than is computed in.
+
+        ``chunks``: tokens of a chunk, of the groups that are chunked.
+        """
         self.device = torch.device("cpu")
         # Allocated once: fresh pages for each layer's gather would cost several times the copy.
         self._scratch = torch.empty(gather_bytes, dtype=torch.uint8)
-        self._converted_groups = converted_groups
+        self._converted_groups, self._chunks = converted_groups, chunks
         self._onednn_rows = _onednn_rows()
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -103,7 +111,14 @@ class CpuBackend:
         # What is converted, and before it what it is converted from: at most two bytes an element.
         gather_blocks = self._scratch.numel() // (width * (6 if is_converted else 4) * block_tokens)
         assert gather_blocks >= 1, (width, block_tokens)
-        return plan_attention(spans, group, block_tokens, gather_blocks, is_converted=is_converted)
+        return plan_attention(
+            spans,
+            group,
+            block_tokens,
+            gather_blocks,
+            is_converted=is_converted,
+            chunk=self._chunks.get(group),
+        )
 
     def rope_and_store(
         self, qkv: torch.Tensor, rotation: torch.Tensor, cache: LayerCache, plan: AttentionPlan

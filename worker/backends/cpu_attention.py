@@ -1,9 +1,10 @@
 """Paged attention in plain torch: a row's context in pieces, merged by log-sum-exp.
 
 A row attends to its own new tokens causally and to what was cached before without a mask, so no
-mask is ever made. Cached context that is one run of blocks is read in place; scattered blocks of
-all rows, and all of a cache in another dtype, are gathered together in bounded pieces. Two parts of a
-softmax merge exactly: o = Σ oᵢ · exp(lseᵢ − lse), lse = log Σ exp(lseᵢ).
+mask is ever made: where a layer group is chunked, a row whose new tokens cross a border is taken in
+parts, each with what its chunk has before it. Cached context that is one run of blocks is read in
+place; scattered blocks of all rows, and all of a cache in another dtype, are gathered together in
+bounded pieces. Two parts of a softmax merge exactly: o = Σ oᵢ · exp(lseᵢ − lse), lse = log Σ exp(lseᵢ).
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Lines [first, first + length) of a source, seen by one row."""
+    """Lines [first, first + length) of a source, seen by one row or part of one."""
 
     row: int
     first: int
@@ -53,6 +54,7 @@ class PagedAttentionPlan(AttentionPlan):
         block_tokens: int,
     ) -> None:
         self.rows = rows
+        """Rows; parts of rows where they cross a border."""
         self.lines = lines
         """Cache line of every new token, [tokens] int64; the first one's where they are neighbours."""
         self.sources = sources
@@ -60,42 +62,60 @@ class PagedAttentionPlan(AttentionPlan):
 
 
 def plan_attention(
-    spans: list[RowSpan], group: int, block_tokens: int, gather_blocks: int, *, is_converted: bool = False
+    spans: list[RowSpan],
+    group: int,
+    block_tokens: int,
+    gather_blocks: int,
+    *,
+    is_converted: bool = False,
+    chunk: int | None = None,
 ) -> PagedAttentionPlan:
     """Prepare a step; at most ``gather_blocks`` blocks are copied together at a time.
 
-    ``is_converted``: nothing can be read in place.
+    ``is_converted``: nothing can be read in place. ``chunk``: tokens of a chunked group's chunks.
     """
+    rows = spans if chunk is None else [part for span in spans for part in _parts(span, chunk)]
     in_place: list[Piece] = []
     gathered: list[Source] = []
     blocks: list[int] = []
     pieces: list[Piece] = []
-    for row, span in enumerate(spans):
+    for row, span in enumerate(rows):
         table = span.tables[group]
-        # A single token reads its own key from the cache too; a chunk sees its own beside the cache.
-        left = span.end if span.count == 1 else span.start
+        seen = 0 if chunk is None else span.start - span.start % chunk
+        # A single token reads its own key from the cache too; more see their own beside the cache.
+        left = (span.end if span.count == 1 else span.start) - seen
         if table.is_run and not is_converted:
             if left:
-                in_place.append(Piece(row, table.ids[0] * block_tokens, left))
+                in_place.append(Piece(row, table.ids[0] * block_tokens + seen, left))
             continue
-        first = 0
+        first, skipped = divmod(seen, block_tokens)
         while left:
             if len(blocks) == gather_blocks:
                 gathered.append(_gather(blocks, pieces))
                 blocks, pieces = [], []
-            taken = min(-(-left // block_tokens), gather_blocks - len(blocks))
-            length = min(left, taken * block_tokens)
-            pieces.append(Piece(row, len(blocks) * block_tokens, length))
+            taken = min(-(-(skipped + left) // block_tokens), gather_blocks - len(blocks))
+            length = min(left, taken * block_tokens - skipped)
+            pieces.append(Piece(row, len(blocks) * block_tokens + skipped, length))
             blocks += table.ids[first : first + taken]
             first += taken
             left -= length
+            skipped = 0
     if pieces:
         gathered.append(_gather(blocks, pieces))
     sources = (Source(None, tuple(in_place)), *gathered)
     lines = _new_lines(spans, group, block_tokens)
     if is_converted and isinstance(lines, int):
         lines = torch.arange(lines, lines + spans[0].count)
-    return PagedAttentionPlan(tuple(spans), lines, sources, block_tokens)
+    return PagedAttentionPlan(tuple(rows), lines, sources, block_tokens)
+
+
+def _parts(span: RowSpan, chunk: int) -> Iterator[RowSpan]:
+    """Yield a row's new tokens cut at the borders of chunks."""
+    start = span.start
+    while start < span.end:
+        end = min(start - start % chunk + chunk, span.end)
+        yield RowSpan(span.offset + start - span.start, start, end - start, span.tables)
+        start = end
 
 
 def _gather(blocks: list[int], pieces: list[Piece]) -> Source:
