@@ -18,12 +18,21 @@ from worker.backends.cuda.driver import CudaError
 
 SOURCES = Path(__file__).with_name("kernels")
 COMMON = "common.cuh"
+TENSOR = "tensor.cuh"
+_USE_TENSOR = ("attention", "latent")
+"""Files that ``TENSOR`` is put before too."""
 _OPTIONS = ("--std=c++17", "-default-device", "--extra-device-vectorization")
 
 
 def source_names() -> tuple[str, ...]:
     """Return the kernel files, without their suffix."""
     return tuple(sorted(path.stem for path in SOURCES.glob("*.cu")))
+
+
+def source_of(name: str) -> bytes:
+    """Return the text of a kernel file, with what it shares with others before it."""
+    shared = (COMMON, TENSOR) if name in _USE_TENSOR else (COMMON,)
+    return b"".join((SOURCES / file).read_bytes() for file in (*shared, f"{name}.cu"))
 
 
 class KernelCache:
@@ -39,7 +48,7 @@ class KernelCache:
 
         Errors: ``CudaError`` with the compiler's log; ``StorageError``.
         """
-        source = (SOURCES / COMMON).read_bytes() + (SOURCES / f"{name}.cu").read_bytes()
+        source = source_of(name)
         path = self._directory / f"{name}-{self._key(source)}.cubin"
         if path.exists():
             return path.read_bytes(), False
