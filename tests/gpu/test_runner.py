@@ -160,7 +160,8 @@ def test_no_step_waits_for_the_device(models: dict[str, Path]) -> None:
 def waits(work: Callable[[], object]) -> Counter[str]:
     """The driver's and the runtime's calls that wait for the device, by name, while ``work`` is done."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    # Without this a second profile warns that the first one's events are gone.
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         work()
     return Counter(event.name for event in profile.events() if "ynchronize" in event.name)
 

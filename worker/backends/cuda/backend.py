@@ -13,6 +13,7 @@ from worker.backends.cuda.comm import CudaCommunicator
 from worker.backends.cuda.elementwise import Elementwise
 from worker.backends.cuda.launch import Kernels
 from worker.backends.cuda.linear import Linear
+from worker.backends.cuda.moe import CudaExperts
 from worker.backends.cuda.pieces import Pieces
 from worker.comm import Communicator
 from worker.context import AttentionPlan
@@ -55,6 +56,7 @@ class CudaBackend:
     ) -> None:
         """``linear``: one that knows this machine's measured algorithms."""
         self.device = device
+        self._kernels = kernels
         self._elementwise = Elementwise(kernels)
         self._linear = linear or Linear(kernels)
         self._attention = attention
@@ -78,7 +80,8 @@ class CudaBackend:
 
     def norm_heads(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         """See ``Backend.norm_heads``."""
-        heads = x.reshape(-1, weight.shape[0])
+        # Columns of one head are a view still, which the kernel cannot walk.
+        heads = x.reshape(-1, weight.shape[0]).contiguous()
         x.copy_(self._elementwise.rms_norm(heads, weight, eps).view(x.shape))
 
     def reduce_add(self, residual: torch.Tensor, update: torch.Tensor, comm: Communicator) -> None:
@@ -105,10 +108,7 @@ class CudaBackend:
 
     def experts(self, weights: ExpertWeights, routing: Routing) -> Experts:
         """See ``Backend.experts``."""
-        raise UnsupportedModelError(
-            f"{routing.experts} experts, gate|up {list(weights.gate_up.shape)}, were asked for on a GPU, "
-            "whose kernels serve dense models alone: serve this one with --device cpu"
-        )
+        return CudaExperts(self._kernels, self._linear, self._elementwise, weights, routing)
 
     def embed(self, token_ids: torch.Tensor, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:
         """See ``Backend.embed``."""
