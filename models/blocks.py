@@ -67,7 +67,8 @@ def block_bytes(model: ModelSpec, topology: Topology, layers: range, block_token
     Errors: ``UnsupportedModelError`` where layers of two groups keep different things of a token.
     """
     check_groups(model, topology)
-    return block_tokens * max(group.bytes_per_token(topology, layers) for group in model.kv_groups)
+    tokens = topology.page_tokens(block_tokens)
+    return tokens * max(group.bytes_per_token(topology, layers) for group in model.kv_groups)
 
 
 def check_groups(model: ModelSpec, topology: Topology) -> None:

@@ -119,7 +119,7 @@ def cut_stages(model: ModelSpec, topology: Topology, budget_bytes: int) -> tuple
     @cache
     def tokens(layers: range) -> float:
         # A block has room for the layers of any group: where the stage has more of one, others are padded.
-        per_token = block_bytes(model, topology, layers, 1)
+        per_token = block_bytes(model, topology, layers, topology.dcp)
         # A stage over budget still has to compare: less over is better.
         return (budget_bytes - weights[layers]) / max(per_token, 1)
 

@@ -17,6 +17,9 @@ from protocol.topology import Topology
 
 MIB = 1 << 20
 
+DIVIDED_BYTES = 16 * MIB
+"""What attention holds at a time of what ranks of a dcp group send each other, on each rank."""
+
 
 class DeviceOverheads(msgspec.Struct, frozen=True):
     """What a device kind takes beside the model, bytes a rank (docs/performance.md)."""
@@ -260,12 +263,13 @@ def _fixed_lines(
     expanded = _expanded_bytes(model, topology, limits) if overheads.expands_float8 else 0
     logits = limits.logit_rows * (overheads.logit_bytes * cut + overheads.whole_logit_bytes * whole)
     return (
+    divided = DIVIDED_BYTES if topology.dcp > 1 else 0
         MemoryLine("runtime", overheads.runtime, "interpreter, libraries, device context"),
         MemoryLine("activations", activations * size, f"a step of {limits.step_tokens} tokens"),
         MemoryLine("logits", logits, f"{limits.logit_rows} rows at a time"),
         MemoryLine(
             "workspace",
-            overheads.workspace + expanded,
+            overheads.workspace + expanded + divided,
             "attention's gathered context and score tiles",
         ),
         MemoryLine(

@@ -34,7 +34,7 @@ class KVGroup(msgspec.Struct, frozen=True):
         return share(self.kv_heads, topology.tp, 0, Cut(dim=0, unit="KV head", replicate=True)).room
 
     def bytes_per_token(self, topology: Topology, layers: range) -> int:
-        """Return what one token takes on one rank of the stage that runs ``layers``."""
+        """Return what one token takes on a rank that keeps it, of the stage that runs ``layers``."""
         here = sum(1 for layer in self.layers if layer in layers)
         dims = self.key_dim + self.value_dim
         head = dims + self.scales_per_head if self.dtype == "float8" else dims * DTYPE_BYTES[self.dtype]

@@ -8,6 +8,7 @@ from models.layout import Arena
 from models.spec import ModelSpec
 from protocol.control import Boot
 from worker.backends.cpu import CpuBackend
+from worker.backends.cpu_divided import Division
 from worker.batch import BatchLimits
 from worker.comm import Communicator
 from worker.layers.parts import Parts
@@ -77,7 +78,8 @@ def assemble(
     cache = KVTensors(spec, topology, layout, HostRegion.anonymous("tandem-kv", layout.size_bytes))
     converted = frozenset(g for g, group in enumerate(spec.kv_groups) if group.dtype != spec.dtype)
     chunks = {g: group.window for g, group in enumerate(spec.kv_groups) if group.kind == "chunked"}
-    backend = CpuBackend(converted_groups=converted, chunks=chunks)
+    division = Division.of(topology, rank, comm.dcp)
+    backend = CpuBackend(converted_groups=converted, chunks=chunks, division=division)
     weights = Weights(held, topology, topology.tp_rank(rank), HostRegion(memory))
     model = build(
         Parts(weights, cache, backend, comm),

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from kv.tensors import LayerCache
 from models.moe import Routing
+from worker.backends import cpu_divided
 from worker.backends.base import ExpertWeights, LatentHeads
 from worker.backends.cpu_attention import PagedAttentionPlan, attend, plan_attention, store
 from worker.backends.cpu_latent import CpuLatentAttention
@@ -37,15 +38,17 @@ class CpuBackend:
         gather_bytes: int = GATHER_BYTES,
         converted_groups: frozenset[int] = frozenset(),
         chunks: Mapping[int, int] = MappingProxyType({}),
+        division: cpu_divided.Division | None = None,
     ) -> None:
         """``converted_groups``: KV groups that are stored in another dtype than is computed in.
 
-        ``chunks``: tokens of a chunk, of the groups that are chunked.
+        ``chunks``: tokens of a chunk, of the groups that are chunked. ``division``: of the positions of all
+        groups, where ranks keep them by turns.
         """
         self.device = torch.device("cpu")
         # Allocated once: fresh pages for each layer's gather would cost several times the copy.
         self._scratch = torch.empty(gather_bytes, dtype=torch.uint8)
-        self._converted_groups, self._chunks = converted_groups, chunks
+        self._converted_groups, self._chunks, self._division = converted_groups, chunks, division
         self._onednn_rows = _onednn_rows()
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -108,9 +111,16 @@ class CpuBackend:
     ) -> AttentionPlan:
         """Prepare attention in one KV group, once a step; ``width``: elements of a cache line."""
         is_converted = group in self._converted_groups
+        division = self._division
+        page_tokens = block_tokens if division is None else block_tokens // division.size
         # What is converted, and before it what it is converted from: at most two bytes an element.
-        gather_blocks = self._scratch.numel() // (width * (6 if is_converted else 4) * block_tokens)
-        assert gather_blocks >= 1, (width, block_tokens)
+        gather_blocks = self._scratch.numel() // (width * (6 if is_converted else 4) * page_tokens)
+        assert gather_blocks >= 1, (width, page_tokens)
+        if division is not None:
+            assert group not in self._chunks, "no window over divided positions"
+            return cpu_divided.DividedPlan(
+                spans, group, block_tokens, division, gather_blocks, is_converted=is_converted
+            )
         return plan_attention(
             spans,
             group,
@@ -124,7 +134,6 @@ class CpuBackend:
         self, qkv: torch.Tensor, rotation: torch.Tensor, cache: LayerCache, plan: AttentionPlan
     ) -> torch.Tensor:
         """See ``Backend.rope_and_store``."""
-        assert isinstance(plan, PagedAttentionPlan)
         stored = cache.heads * (cache.key_dim + cache.value_dim)
         queries_keys = qkv[:, : qkv.shape[1] - cache.heads * cache.value_dim]
         # The two halves of a head rotate against each other: [tokens, heads, 2, key_dim / 2].
@@ -132,11 +141,17 @@ class CpuBackend:
         crossed = halves.flip(2)
         halves.mul_(rotation[:, None, :1]).addcmul_(crossed, rotation[:, None, 1:])
         lines = qkv[:, -stored:]
-        store(lines, cache, plan)
+        if isinstance(plan, cpu_divided.DividedPlan):
+            cpu_divided.store(lines, cache, plan)
+        else:
+            assert isinstance(plan, PagedAttentionPlan)
+            store(lines, cache, plan)
         return qkv
 
     def attend(self, rotated: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
         """See ``Backend.attend``."""
+        if isinstance(plan, cpu_divided.DividedPlan):
+            return cpu_divided.attend(rotated, cache, plan, self._scratch)
         assert isinstance(plan, PagedAttentionPlan)
         return attend(rotated, cache, plan, self._scratch)
 

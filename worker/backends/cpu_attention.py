@@ -14,7 +14,7 @@ import torch
 
 from kv.tensors import LayerCache
 from worker.backends.cpu_float8 import read_blocks, store_rounded
-from worker.context import AttentionPlan, RowSpan
+from worker.context import AttentionPlan, BlockTable, RowSpan
 
 Part = tuple[torch.Tensor, torch.Tensor]
 """Attention to a part of the context, [n, heads, value_dim], and its scores' log-sum-exp, float32."""
@@ -30,6 +30,16 @@ class Piece:
     row: int
     first: int
     length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Tokens [first, end) of a row's cache, seen by its new ones."""
+
+    row: int
+    table: BlockTable
+    first: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,38 +85,51 @@ def plan_attention(
     ``is_converted``: nothing can be read in place. ``chunk``: tokens of a chunked group's chunks.
     """
     rows = spans if chunk is None else [part for span in spans for part in _parts(span, chunk)]
+    contexts: list[Context] = []
+    for row, span in enumerate(rows):
+        seen = 0 if chunk is None else span.start - span.start % chunk
+        # A single token reads its own key from the cache too; more see their own beside the cache.
+        end = span.end if span.count == 1 else span.start
+        contexts.append(Context(row, span.tables[group], seen, end))
+    sources = plan_sources(contexts, block_tokens, gather_blocks, is_copied=is_converted)
+    lines: torch.Tensor | int = new_lines(spans, group, block_tokens)
+    if len(spans) == 1 and spans[0].tables[group].is_run and not is_converted:
+        lines = spans[0].tables[group].ids[0] * block_tokens + spans[0].start
+    return PagedAttentionPlan(tuple(rows), lines, sources, block_tokens)
+
+
+def plan_sources(
+    contexts: list[Context], block_tokens: int, gather_blocks: int, *, is_copied: bool
+) -> tuple[Source, ...]:
+    """Return where what rows see lies; at most ``gather_blocks`` blocks are copied together.
+
+    ``is_copied``: nothing can be read in place.
+    """
     in_place: list[Piece] = []
     gathered: list[Source] = []
     blocks: list[int] = []
     pieces: list[Piece] = []
-    for row, span in enumerate(rows):
-        table = span.tables[group]
-        seen = 0 if chunk is None else span.start - span.start % chunk
-        # A single token reads its own key from the cache too; more see their own beside the cache.
-        left = (span.end if span.count == 1 else span.start) - seen
-        if table.is_run and not is_converted:
+    for context in contexts:
+        left, ids = context.end - context.first, context.table.ids
+        if context.table.is_run and not is_copied:
             if left:
-                in_place.append(Piece(row, table.ids[0] * block_tokens + seen, left))
+                in_place.append(Piece(context.row, ids[0] * block_tokens + context.first, left))
             continue
-        first, skipped = divmod(seen, block_tokens)
+        first, skipped = divmod(context.first, block_tokens)
         while left:
             if len(blocks) == gather_blocks:
                 gathered.append(_gather(blocks, pieces))
                 blocks, pieces = [], []
             taken = min(-(-(skipped + left) // block_tokens), gather_blocks - len(blocks))
             length = min(left, taken * block_tokens - skipped)
-            pieces.append(Piece(row, len(blocks) * block_tokens + skipped, length))
-            blocks += table.ids[first : first + taken]
+            pieces.append(Piece(context.row, len(blocks) * block_tokens + skipped, length))
+            blocks += ids[first : first + taken]
             first += taken
             left -= length
             skipped = 0
     if pieces:
         gathered.append(_gather(blocks, pieces))
-    sources = (Source(None, tuple(in_place)), *gathered)
-    lines = _new_lines(spans, group, block_tokens)
-    if is_converted and isinstance(lines, int):
-        lines = torch.arange(lines, lines + spans[0].count)
-    return PagedAttentionPlan(tuple(rows), lines, sources, block_tokens)
+    return (Source(None, tuple(in_place)), *gathered) if in_place else tuple(gathered)
 
 
 def _parts(span: RowSpan, chunk: int) -> Iterator[RowSpan]:
@@ -122,24 +145,18 @@ def _gather(blocks: list[int], pieces: list[Piece]) -> Source:
     return Source(torch.tensor(blocks), tuple(pieces))
 
 
-def _new_lines(spans: list[RowSpan], group: int, block_tokens: int) -> torch.Tensor | int:
+def new_lines(spans: list[RowSpan], group: int, block_tokens: int) -> torch.Tensor:
+    """Return the cache lines of new tokens, int64."""
     lines: list[int] = []
     for span in spans:
-        table = span.tables[group]
-        if table.is_run:
-            first = table.ids[0] * block_tokens + span.start
-            if len(spans) == 1:
-                return first
-            lines.extend(range(first, first + span.count))
-            continue
-        ids, position = table.ids, span.start
+        ids, position = span.tables[group].ids, span.start
         while position < span.end:
             block, inside = divmod(position, block_tokens)
             length = min(block_tokens - inside, span.end - position)
             first = ids[block] * block_tokens + inside
             lines.extend(range(first, first + length))
             position += length
-    return torch.tensor(lines)
+    return torch.tensor(lines, dtype=torch.int64)
 
 
 def store(lines: torch.Tensor, cache: LayerCache, plan: PagedAttentionPlan) -> None:
@@ -163,18 +180,20 @@ def store(lines: torch.Tensor, cache: LayerCache, plan: PagedAttentionPlan) -> N
 
 
 def gathered(
-    cache: LayerCache, plan: PagedAttentionPlan, scratch: torch.Tensor, dtype: torch.dtype
+    cache: LayerCache,
+    sources: tuple[Source, ...],
+    block_tokens: int,
+    scratch: torch.Tensor,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[Source, torch.Tensor]]:
     """Give each source with its lines in ``dtype``; copies lie in ``scratch``, one by one."""
-    for source in plan.sources:
-        if not source.pieces:
-            continue
+    for source in sources:
         if source.blocks is None:
             yield source, cache.lines
         elif cache.is_float8:
             yield source, read_blocks(cache, source.blocks, scratch, dtype)
         else:
-            yield source, _copies(cache.lines, source.blocks, plan.block_tokens, scratch, dtype)
+            yield source, _copies(cache.lines, source.blocks, block_tokens, scratch, dtype)
 
 
 def attend(
@@ -189,7 +208,7 @@ def attend(
             own = slice(span.offset, span.offset + span.count)
             keys, values = cache.keys_values(qkv[own, -stored:])
             merged[row] = attention(queries[own], keys, values, is_causal=True)
-    for source, lines in gathered(cache, plan, scratch, qkv.dtype):
+    for source, lines in gathered(cache, plan.sources, plan.block_tokens, scratch, qkv.dtype):
         keys, values = cache.keys_values(lines)
         for piece in source.pieces:
             span, end = plan.rows[piece.row], piece.first + piece.length

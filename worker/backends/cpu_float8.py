@@ -6,6 +6,8 @@ alone. A code times a power of two has 4 significant bits, so bf16 holds it exac
 cache sees the same numbers.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from kv.tensors import LayerCache
@@ -38,22 +40,23 @@ def round_in_place(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scales
 
 
-def store_rounded(lines: torch.Tensor, cache: LayerCache, at: torch.Tensor) -> None:
+def store_rounded(
+    lines: torch.Tensor, cache: LayerCache, at: torch.Tensor, kept: torch.Tensor | None = None
+) -> None:
     """Write new lines [tokens, heads * (key_dim + value_dim)] to a float8 cache, and round them in place.
 
-    ``at``: the tokens' places in the cache, [tokens] int64.
+    ``kept``: which of the tokens are written, int64; None: all. ``at``: their places in the cache, int64.
     """
-    tokens, split = lines.shape[0], cache.heads * cache.key_dim
-    codes, scales = cache.codes(cache.lines), cache.scales(cache.lines)
-    block, inside = at // codes.shape[1], at % codes.shape[1]
-    # Not every operation that moves bytes is there for float8.
-    stored = codes.view(torch.uint8)
-    for part, columns in enumerate((slice(0, split), slice(split, lines.shape[1]))):
-        if columns.start == columns.stop:
-            continue
-        found = round_in_place(lines[:, columns].view(tokens, cache.heads, -1))
-        stored[block, inside, columns] = found[0].view(torch.uint8).flatten(1)
-        scales[block, :, part, inside] = found[1]
+    stored, scales = cache.codes(cache.lines), cache.scales(cache.lines)
+    block, inside = at // stored.shape[1], at % stored.shape[1]
+    for part, columns in _parts(cache):
+        found = round_in_place(lines[:, columns].view(lines.shape[0], cache.heads, -1))
+        # Not every operation that moves bytes is there for float8.
+        codes, own_scales = found[0].view(torch.uint8).flatten(1), found[1]
+        if kept is not None:
+            codes, own_scales = codes[kept], own_scales[kept]
+        stored.view(torch.uint8)[block, inside, columns] = codes
+        scales[block, :, part, inside] = own_scales
 
 
 def read_blocks(
@@ -69,12 +72,22 @@ def read_blocks(
     pages = scratch[size : size + count * cache.lines.shape[1]].view(count, -1)
     torch.index_select(cache.lines, 0, blocks, out=pages)
     lines = scratch[:size].view(dtype).view(count * block_tokens, width)
-    by_block = lines.view(count, block_tokens, width)
-    by_block.copy_(cache.codes(pages))
-    split = cache.heads * cache.key_dim
-    factors = scales_of(cache.scales(pages)).to(dtype)
-    for part, columns in enumerate((slice(0, split), slice(split, width))):
-        if columns.start < columns.stop:
-            heads = by_block[:, :, columns].view(count, block_tokens, cache.heads, -1)
-            heads.mul_(factors[:, :, part].transpose(1, 2).unsqueeze(-1))
+    read_pages(cache, pages, lines.view(count, block_tokens, width))
     return lines
+
+
+def read_pages(cache: LayerCache, pages: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the lines in float8 pages to ``out`` [pages, page tokens, heads * (key_dim + value_dim)]."""
+    out.copy_(cache.codes(pages))
+    factors = scales_of(cache.scales(pages)).to(out.dtype)
+    for part, columns in _parts(cache):
+        heads = out[:, :, columns].view(*out.shape[:2], cache.heads, -1)
+        heads.mul_(factors[:, :, part].transpose(1, 2).unsqueeze(-1))
+
+
+def _parts(cache: LayerCache) -> Iterator[tuple[int, slice]]:
+    """Yield which columns of a line are keys, 0, and values, 1, where there are any."""
+    split = cache.heads * cache.key_dim
+    yield 0, slice(0, split)
+    if cache.value_dim:
+        yield 1, slice(split, split + cache.heads * cache.value_dim)

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from kv.tensors import LayerCache
+from worker.backends import cpu_divided
 from worker.backends.base import LatentHeads
 from worker.backends.cpu_attention import PagedAttentionPlan, Part, attention, gathered, merge, store
 from worker.context import AttentionPlan
@@ -44,14 +45,17 @@ class CpuLatentAttention:
         self, queries: torch.Tensor, lines: torch.Tensor, rotation: torch.Tensor, plan: AttentionPlan
     ) -> None:
         """See ``LatentAttention.rope_and_store``."""
-        assert isinstance(plan, PagedAttentionPlan)
         _rotate_pairs(queries[..., self._heads.nope_dim :], rotation)
         _rotate_pairs(lines[:, None, self._latent :], rotation)
+        if isinstance(plan, cpu_divided.DividedPlan):
+            cpu_divided.store(lines, self._cache, plan)
+            return
+        assert isinstance(plan, PagedAttentionPlan)
         store(lines, self._cache, plan)
 
     def attend(self, queries: torch.Tensor, lines: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         """See ``LatentAttention.attend``."""
-        assert isinstance(plan, PagedAttentionPlan)
+        assert isinstance(plan, PagedAttentionPlan | cpu_divided.DividedPlan)
         most = self._most_absorbed
         few = [row for row, span in enumerate(plan.rows) if most is None or span.count <= most]
         is_few = [False] * len(plan.rows)
@@ -60,15 +64,36 @@ class CpuLatentAttention:
             asked[row], is_few[row] = absorbed, True
         merged: dict[int, Part] = {}
 
-        def see(row: int, seen: torch.Tensor, *, is_causal: bool = False) -> None:
-            keys, values = (seen[None], seen[None]) if is_few[row] else self._expand(seen)
-            part = attention(asked[row], keys, values, is_causal=is_causal, scale=self._heads.scale)
+        def fold(row: int, part: Part) -> None:
             merged[row] = merge(merged[row], part) if row in merged else part
+
+        def see(row: int, seen: torch.Tensor, *, is_causal: bool = False) -> None:
+            keys, values = _lines(seen) if is_few[row] else self._expand(seen)
+            part = attention(asked[row], keys, values, is_causal=is_causal, scale=self._heads.scale)
+            fold(row, (part[0][..., : self._latent], part[1]) if is_few[row] else part)
 
         for row, span in enumerate(plan.rows):
             if span.count > 1:
                 see(row, lines[span.offset : span.offset + span.count], is_causal=True)
-        for source, held in gathered(self._cache, plan, self._scratch, lines.dtype):
+        if isinstance(plan, cpu_divided.DividedPlan):
+            # Other ranks lack this one's Kₕ and Vₕ: queries are absorbed, what comes back is latent.
+            question = cpu_divided.Question(
+                queries.shape[1], self._latent + self._rope, self._latent, self._most_absorbed
+            )
+            for row, part in cpu_divided.ask(
+                dict(enumerate(asked)),
+                question,
+                self._cache,
+                plan,
+                _lines,
+                self._scratch,
+                scale=self._heads.scale,
+            ):
+                fold(row, part)
+            sources = cpu_divided.fetched(plan, question, self._cache, lines.dtype)
+        else:
+            sources = gathered(self._cache, plan.sources, plan.block_tokens, self._scratch, lines.dtype)
+        for source, held in sources:
             for piece in source.pieces:
                 seen = held[piece.first : piece.first + piece.length]
                 for some in [seen] if is_few[piece.row] else torch.split(seen, self._piece_tokens(seen)):
@@ -89,11 +114,10 @@ class CpuLatentAttention:
         return torch.split(absorbed, [len(one) for one in queries])
 
     def _value(self, sums: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Return each row's values [n, heads, value_dim] of its sums over lines, made in one product."""
+        """Return each row's values [n, heads, value_dim] of its sums over latents, made in one product."""
         if not sums:
             return ()
-        latents = torch.cat(sums)[..., : self._latent]
-        values = torch.einsum("thl,hvl->thv", latents, self._heads.values)
+        values = torch.einsum("thl,hvl->thv", torch.cat(sums), self._heads.values)
         return torch.split(values, [len(one) for one in sums])
 
     def _expand(self, lines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,6 +140,11 @@ class CpuLatentAttention:
         widest = max(heads.nope_dim + self._rope, heads.value_dim)
         token = heads.up.shape[0] + heads.keys.shape[0] * 2 * widest
         return max(EXPANDED_BYTES // (token * lines.element_size()), 1)
+
+
+def _lines(lines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return lines [tokens, width] as the keys and values of one head."""
+    return lines[None], lines[None]
 
 
 def _rotate_pairs(x: torch.Tensor, rotation: torch.Tensor) -> None:
