@@ -22,6 +22,20 @@ class Routed:
 
 
 @dataclass(frozen=True, slots=True)
+class Int4Weight:
+    """Weights of four bits in groups of 32 along a row, as compressed-tensors packs them (symmetric).
+
+    Element k of a row is (code - 8) · scale of its group, where code is bits [4 (k % 8), 4 (k % 8) + 4) of
+    word k // 8.
+    """
+
+    words: torch.Tensor
+    """int32 [..., out, in / 8]."""
+    scales: torch.Tensor
+    """[..., out, in / 32]."""
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertWeights:
     """What a rank holds of one layer's routed experts."""
 

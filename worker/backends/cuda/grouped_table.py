@@ -1,0 +1,109 @@
+"""Which of grouped.cu's kernels serves which product of experts: rules by sizes that the host knows.
+
+How many slots an expert really has is on the device alone. A tile too narrow for an expert makes it have
+several, which read its weights again, from L2; one too wide multiplies padding.
+"""
+
+from dataclasses import dataclass
+
+PLAIN_COLUMNS = 2
+"""The float32 kernel's tiles are of 16 slots."""
+_MOST_SLOTS_EACH = ((5.0, 1), (11.0, 2), (24.0, 4))
+"""Slots an expert has on average, and the tiles of 8 that then hold nearly every expert's."""
+_WIDEST = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One kernel; the fields are those of its name, in order."""
+
+    is_int4: bool
+    k_warps: int
+    n_warps: int
+    tiles: int
+    """Of 16 weight rows, a warp."""
+    columns: int
+    """Tiles of 8 slots."""
+    depth: int
+    """Pieces under way."""
+
+    def name(self, *, gated: bool) -> str:
+        """Return the entry point."""
+        kind = ("int4" if self.is_int4 else "bf16") + ("_gated" if gated else "")
+        return f"{kind}_{self.k_warps}_{self.n_warps}_{self.tiles}_{self.columns}_{self.depth}"
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.k_warps * self.n_warps
+
+    def outputs(self, *, gated: bool) -> int:
+        """Return what a block makes of each slot."""
+        return 16 * self.tiles * self.n_warps // (2 if gated else 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block: the warps' rings, and in their place the sums that its warps have to add up."""
+        rows = 16 * self.tiles
+        # A piece: 64 bytes a weight row with 8 bytes of scales and 256 a slot, or 128 and 128.
+        piece = (
+            rows * (64 + 8) + self.columns * 8 * 256 if self.is_int4 else (rows + self.columns * 8) * 128
+        )
+        sums = self.k_warps * self.columns * 8 * (rows * self.n_warps + 1) * 4
+        return max(piece * self.depth * self.k_warps * self.n_warps, sums)
+
+
+INT4 = tuple(
+    Variant(True, *numbers)
+    for numbers in (
+        (8, 1, 2, 1, 3),
+        (8, 1, 4, 1, 2),
+        (4, 1, 4, 1, 4),
+        (1, 8, 2, 1, 2),
+        (4, 1, 4, 2, 3),
+        (1, 4, 4, 2, 2),
+        (4, 1, 4, 4, 2),
+        (1, 4, 4, 4, 2),
+        (4, 1, 4, 8, 2),
+        (1, 4, 4, 8, 2),
+    )
+)
+BF16 = tuple(
+    Variant(False, *numbers)
+    for numbers in (
+        (8, 1, 2, 1, 2),
+        (4, 1, 4, 1, 3),
+        (1, 8, 2, 1, 2),
+        (4, 1, 4, 2, 2),
+        (1, 4, 4, 2, 2),
+        (4, 1, 4, 4, 2),
+        (1, 4, 4, 4, 2),
+        (4, 1, 4, 8, 3),
+        (1, 4, 4, 8, 3),
+    )
+)
+
+
+def columns_for(choices: int, experts: int) -> int:
+    """Return the tiles of 8 slots of an expert that go together, for so many choices of so many experts."""
+    each = choices / experts
+    return next((columns for most, columns in _MOST_SLOTS_EACH if each <= most), _WIDEST)
+
+
+def most_tiles(choices: int, experts: int, columns: int) -> int:
+    """Return the tiles that choices can fall into at most."""
+    return min(choices, choices // (8 * columns) + experts)
+
+
+def choose(k: int, columns: int, *, few: bool, is_int4: bool) -> Variant:
+    """Return the kernel for a product over k with tiles of 8 · ``columns`` slots.
+
+    Warps share the k's as long as each has pieces enough to keep its ring busy. ``few``: slots are so few
+    that only small blocks are enough of them for all multiprocessors.
+    """
+    pieces = -(-k // (128 if is_int4 else 64))
+    k_warps = 1 if pieces < 8 else 4
+    fitting = [v for v in (INT4 if is_int4 else BF16) if v.columns == columns]
+    if few and pieces >= 32:
+        return next((v for v in fitting if v.k_warps == 8), fitting[0])
+    return next(v for v in fitting if v.k_warps == k_warps)
