@@ -104,5 +104,6 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def limits(self) -> StepLimits:
-        """What the largest step may be."""
-        return StepLimits(self.max_rows, self.step_tokens, self.logit_rows, self.block_tokens)
+        """What the largest step may be, with blocks that dcp ranks share evenly."""
+        block_tokens = self.topology.whole_block(self.block_tokens)
+        return StepLimits(self.max_rows, self.step_tokens, self.logit_rows, block_tokens)

@@ -123,7 +123,7 @@ class Blueprint(msgspec.Struct, frozen=True):
                 device=self.devices[rank.rank],
                 arena_fds=list(arena_fds),
                 kv_bytes=rank.block_bytes * self.plan.num_blocks,
-                block_tokens=config.block_tokens,
+                block_tokens=config.limits.block_tokens,
                 num_blocks=self.plan.num_blocks,
                 budget_bytes=rank.budget_bytes,
                 device_ranks=self.devices.count(self.devices[rank.rank]),
@@ -167,7 +167,8 @@ class Blueprint(msgspec.Struct, frozen=True):
             pp=config.pp,
             max_waiting=config.max_waiting,
         )
-        return Scheduler(bounds, KVManager(self.plan.num_blocks, config.block_tokens, self.model.kv_groups))
+        manager = KVManager(self.plan.num_blocks, config.limits.block_tokens, self.model.kv_groups)
+        return Scheduler(bounds, manager)
 
     def info(self, report: BootReport, text: "TextService") -> Info:
         """Return what clients are told of an instance that is ready."""
@@ -217,10 +218,11 @@ def _check_kv_dtype(model: ModelSpec, config: ServeConfig) -> None:
     """Refuse what the kernels of a device kind do not read (``UnsupportedModelError``)."""
     if device_kind(config.devices) == "cpu":
         return
+    page_tokens = config.topology.page_tokens(config.limits.block_tokens)
     for group in model.kv_groups:
-        if group.dtype == "float8" and config.block_tokens % 8:
+        if group.dtype == "float8" and page_tokens % 8:
             raise UnsupportedModelError(
-                f"a GPU reads float8 KV in blocks of a multiple of 8 tokens, not of {config.block_tokens}",
+                f"a GPU reads float8 KV in pages of a multiple of 8 tokens, not of {page_tokens}",
                 field="kv_dtype",
             )
         if group.dtype not in (model.dtype, "float8"):
