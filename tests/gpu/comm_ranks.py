@@ -19,6 +19,7 @@ from protocol.topology import Topology
 
 ARCHITECTURE = "sm_90a"
 CONNECT_S = 60.0
+LONGEST_BYTES = 64 << 20
 
 
 class Ranks:
@@ -109,12 +110,20 @@ def _run(
         from worker.backends.cuda.compiler import KernelCache
         from worker.backends.cuda.launch import Kernels
 
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        torch.cuda.set_device(rank % count)
         torch.empty(1, device="cuda")
         kernels = Kernels(KernelCache(Path(directory), ARCHITECTURE))
         page_fd = os.open(page, os.O_RDWR)
         comm = CudaCommunicator.connect(
-            Topology(tp=tp, pp=pp), rank, f"{directory}/rendezvous", CONNECT_S, kernels, page_fd=page_fd
+            Topology(tp=tp, pp=pp),
+            rank,
+            f"{directory}/rendezvous",
+            CONNECT_S,
+            kernels,
+            page_fd=page_fd,
+            # NCCL wants a GPU for each rank; where there is one, long messages go its way.
+            nccl_bytes=LONGEST_BYTES if count >= tp * pp else 0,
         )
         os.close(page_fd)
         found = getattr(importlib.import_module(module), body)(comm, pipe)

@@ -4,6 +4,7 @@ Kernels that wait for each other take turns on one GPU, up to 33 ms for each mee
 layers, few rows, short answers. What is timed here says nothing about speed.
 """
 
+import math
 import os
 import random
 import signal
@@ -64,14 +65,21 @@ class Answers:
     """Of the drawn tokens."""
 
 
-def ask(server: Server) -> Answers:
-    def greedy(client: Client, ids: list[int]) -> list[int]:
+def greedy(server: Server, prompts: list[list[int]]) -> list[list[int]]:
+    """Return the answers to prompts that come at once."""
+
+    def one(client: Client, ids: list[int]) -> list[int]:
         return client.generate(
             prompt_ids=ids, temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, timeout_s=ANSWER_S
         ).token_ids
 
-    with server.client() as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
-        found = list(pool.map(lambda ids: greedy(client, ids), PROMPTS))
+    with server.client() as client, ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda ids: one(client, ids), prompts))
+
+
+def ask(server: Server) -> Answers:
+    found = greedy(server, PROMPTS)
+    with server.client() as client:
         drawn = client.generate(
             prompt_ids=PROMPTS[3],
             temperature=0.9,
@@ -168,6 +176,24 @@ def test_ranks_that_share_a_gpu_answer_as_one_rank(
     models: dict[str, Path], one_rank: dict[str, Answers], name: str, tp: int, pp: int
 ) -> None:
     assert_alike(answers(models[name], GPU, tp, pp), one_rank[name])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_ranks_with_gpus_of_their_own_answer_as_one_rank(
+    models: dict[str, Path], one_rank: dict[str, Answers], tp: int, pp: int
+) -> None:
+    """Short prompts as before; and steps of several long ones, whose messages are long enough for NCCL."""
+    draw = random.Random(12)
+    long = [[draw.randrange(3, 2048) for _ in range(1900)] for _ in range(4)]
+    limits = ("--dtype=float32", "--max-rows=8", "--step-tokens=4096", "--context=2048", "--memory=8")
+    found = []
+    for devices, degrees in ((GPU, (1, 1)), ("cuda:0,cuda:1", (tp, pp))):
+        layout = (f"--devices={devices}", f"--tp={degrees[0]}", f"--pp={degrees[1]}")
+        with started(models["tiny-8-2"], *limits, *layout, workers=math.prod(degrees)) as server:
+            found.append((greedy(server, long), ask(server)))
+    assert found[0][0] == found[1][0]
+    assert_alike(found[1][1], one_rank["tiny-8-2"])
 
 
 @pytest.mark.parametrize(("tp", "pp", "rank"), [(2, 1, 1), (1, 2, 0)])
