@@ -122,9 +122,19 @@ def _layout_options(function: F) -> F:
             click.option("--tp", type=click.IntRange(1), help="Ranks that share each layer [1]."),
             click.option("--pp", type=click.IntRange(1), help="Stages that the layers are cut into [1]."),
             click.option(
+                "--ep",
+                type=click.IntRange(1),
+                help="--tp, to place whole experts on its ranks; 1, to cut them [what holds more on GPUs].",
+            ),
+            click.option(
+                "--dcp",
+                type=click.IntRange(1),
+                help="Ranks of --tp that keep the same KV heads by position [what holds more on GPUs].",
+            ),
+            click.option(
                 "--layout",
                 type=click.Choice(["auto"]),
-                help="Choose --tp and --pp, but for the one that is given [auto on GPUs without either].",
+                help="Choose the degrees that are not given [auto on GPUs without --tp and --pp].",
             ),
             click.option(
                 "--prefer",
@@ -179,11 +189,12 @@ def _config(directory: Path, model: str, options: dict[str, Any]) -> "ServeConfi
 
 def _laid_out(directory: Path, model: str, options: dict[str, Any]) -> "tuple[ServeConfig, str | None]":
     """Return what is asked, its layout chosen where it is to be, and then why."""
-    from orchestrator.planner import choose_layout
+    from orchestrator.planner import Given, choose_layout
 
     layout, prefer = options.pop("layout"), options.pop("prefer")
     config = _config(directory, model, options)
-    return choose_layout(config, options["tp"], options["pp"], is_auto=layout == "auto", prefer=prefer)
+    given = Given(**{degree: options[degree] for degree in ("tp", "pp", "ep", "dcp")})
+    return choose_layout(config, given, is_auto=layout == "auto", prefer=prefer)
 
 
 def _serve_command(model: str, name: str, options: dict[str, Any]) -> list[str]:

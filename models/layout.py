@@ -44,7 +44,7 @@ def check_degrees(model: ModelSpec, topology: Topology) -> None:
             f"pipeline parallel {topology.pp} is more than the model's {model.num_layers} layers",
             field="pp",
         )
-    bad = _first_refusal(model, topology)
+    bad = _first_refusal(model, Topology(topology.tp, topology.pp))
     if bad is not None:
         fits = [d for d in range(1, model.heads + 1) if _first_refusal(model, Topology(d)) is None]
         raise LayoutError(
@@ -52,6 +52,42 @@ def check_degrees(model: ModelSpec, topology: Topology) -> None:
             f"degrees that do: {', '.join(map(str, fits))}",
             field="tp",
         )
+    if topology.ep > 1:
+        _check_placing(model, topology)
+    if topology.dcp > 1:
+        _check_positions(model, topology)
+
+
+def _check_placing(model: ModelSpec, topology: Topology) -> None:
+    """Refuse to place experts that are not there, or that the group does not divide."""
+    stacks = {parameter.stack: parameter for parameter in model.parameters if parameter.stack}
+    if not stacks:
+        raise LayoutError(
+            f"expert parallel {topology.ep} was asked, and the model has no routed experts: give ep 1",
+            field="ep",
+        )
+    for parameter in stacks.values():
+        parameter.local_parts(topology, 0)
+
+
+def _check_positions(model: ModelSpec, topology: Topology) -> None:
+    """Refuse to divide positions over ranks that do not keep the same heads."""
+    for group in model.kv_groups:
+        if group.is_local:
+            raise LayoutError(
+                f"dcp {topology.dcp} was asked, and {group.name!r} keeps {group.window} tokens of a "
+                "request: positions are divided where all are kept, give dcp 1",
+                field="dcp",
+            )
+        copies = topology.tp // min(topology.tp, group.kv_heads)
+        if copies % topology.dcp:
+            fits = [d for d in range(1, copies + 1) if copies % d == 0]
+            raise LayoutError(
+                f"dcp {topology.dcp} cannot divide positions over tp {topology.tp}: each of the "
+                f"{group.kv_heads} KV heads of {group.name!r} is on {copies} ranks; degrees that do: "
+                + ", ".join(map(str, fits)),
+                field="dcp",
+            )
 
 
 def _first_refusal(model: ModelSpec, topology: Topology) -> LayoutError | None:

@@ -39,6 +39,9 @@ class Asked(msgspec.Struct, frozen=True):
     prefer: Prefer = "latency"
     tp: int | None = None
     pp: int | None = None
+    ep: int | None = None
+    """1 or tp; None: both, where the model has experts. ``dcp`` None: all that the model's KV heads let."""
+    dcp: int | None = None
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -78,7 +81,7 @@ class Layout(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         """How people call it."""
-        return str(Topology(self.tp, self.pp))
+        return str(Topology(self.tp, self.pp, self.ep, self.dcp))
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -131,16 +134,24 @@ def lay_out(
         )
     context = asked.context or min(model.max_context, USUAL_CONTEXT)
     found, refused = [], []
-    for topology in _topologies(machines.num_gpus, asked):
+    of_views = None
+    for group in _topologies(machines.num_gpus, asked):
         try:
-            check_degrees(model, topology)
+            check_degrees(model, group)
+            topologies = _views(model, group, asked)
         except LayoutError as error:
-            refused.append(Refused(topology.tp, topology.pp, error.message))
+            refused.append(Refused(group.tp, group.pp, error.message))
+            if error.field in ("ep", "dcp"):
+                of_views = of_views or error
             continue
-        ranks = divide_memory(model, topology, [budget_bytes] * topology.world_size, limits, overheads)
-        pace = Pace(model, topology, ranks, machines, limits.step_tokens)
-        found.append(_layout(model, topology, ranks, pace, limits, asked, context, checkpoint_bytes))
+        for topology in topologies:
+            sized = msgspec.structs.replace(limits, block_tokens=topology.whole_block(limits.block_tokens))
+            ranks = divide_memory(model, topology, [budget_bytes] * topology.world_size, sized, overheads)
+            pace = Pace(model, topology, ranks, machines, sized.step_tokens)
+            found.append(_layout(model, topology, ranks, pace, sized, asked, context, checkpoint_bytes))
     if not found:
+        if of_views is not None:
+            raise of_views
         raise LayoutError(_nothing_possible(model, machines.num_gpus, refused), field="gpus")
     layouts, why = _ranked(tuple(found), asked.prefer)
     return Matrix(layouts, 0 if layouts[0].fits else None, why, context, asked.prefer, tuple(refused))
@@ -173,6 +184,44 @@ def _topologies(num_gpus: int, asked: Asked) -> list[Topology]:
     return found
 
 
+def _views(model: ModelSpec, group: Topology, asked: Asked) -> list[Topology]:
+    """Return a group with each of its views that the model allows, or those asked.
+
+    Errors: ``LayoutError`` where a view that is asked is not possible.
+    """
+    tp = group.tp
+    check_views(tp, asked.ep or 1, asked.dcp or 1)
+    eps = [1, tp] if tp > 1 and any(parameter.stack for parameter in model.parameters) else [1]
+    dcps = [d for d in range(1, tp + 1) if tp % d == 0]
+    eps = eps if asked.ep is None else [asked.ep]
+    dcps = dcps if asked.dcp is None else [asked.dcp]
+    found = []
+    for ep in eps:
+        for dcp in dcps:
+            topology = Topology(tp, group.pp, ep, dcp)
+            try:
+                check_degrees(model, topology)
+            except LayoutError as error:
+                if error.field is not None and getattr(asked, error.field) is not None:
+                    raise
+                continue
+            found.append(topology)
+    return found
+
+
+def check_views(tp: int, ep: int, dcp: int) -> None:
+    """Refuse views that a group of ``tp`` ranks does not have, whatever the model (``LayoutError``)."""
+    if ep not in (1, tp):
+        raise LayoutError(
+            f"experts are placed over a whole group: ep {ep} is neither 1 nor tp {tp}", field="ep"
+        )
+    if tp % dcp:
+        fits = [d for d in range(1, tp + 1) if tp % d == 0]
+        raise LayoutError(
+            f"dcp {dcp} does not divide tp {tp}; degrees that do: {', '.join(map(str, fits))}", field="dcp"
+        )
+
+
 def _layout(
     model: ModelSpec,
     topology: Topology,
@@ -197,9 +246,8 @@ def _layout(
     return Layout(
         tp=topology.tp,
         pp=topology.pp,
-        # No model states yet that its experts can be placed, or its KV be kept by position.
-        ep=1,
-        dcp=1,
+        ep=topology.ep,
+        dcp=topology.dcp,
         fits=not lacks,
         lacks_bytes=lacks,
         rank=tightest.rank,
@@ -263,7 +311,16 @@ def _ranked(found: tuple[Layout, ...], prefer: Prefer) -> tuple[tuple[Layout, ..
         return not layout.fits, cost > bound, kv, cost, -layout.tp
 
     ranked = sorted(found, key=key)
-    return tuple(ranked), _reason(ranked[0], fitting, quickest, bound, prefer)
+    why = _reason(ranked[0], fitting, quickest, bound, prefer)
+    return tuple(ranked), why + _of_views(ranked[0], found)
+
+
+def _of_views(best: Layout, found: tuple[Layout, ...]) -> str:
+    """Return what the best layout's views of its groups are worth, where it has some."""
+    for layout in found:
+        if (layout.tp, layout.pp, layout.ep, layout.dcp) == (best.tp, best.pp, 1, 1) and layout is not best:
+            return f"; {layout.name} alone holds {layout.kv_tokens:,}"
+    return ""
 
 
 def _cost(layout: Layout, prefer: Prefer) -> float:

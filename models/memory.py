@@ -155,8 +155,9 @@ def divide_memory(
     fixed = _fixed_lines(model, topology, limits, overheads)
     spent = sum(line.predicted_bytes for line in fixed)
     stages = cut_stages(model, topology, min(budgets) - spent)
+    weights = [stage_bytes(model, topology, layers) for layers in stages]
     return tuple(
-        _rank_plan(model, topology, stages, rank, budgets[rank], fixed, limits)
+        _rank_plan(model, topology, stages, weights, rank, budgets[rank], fixed, limits)
         for rank in range(topology.world_size)
     )
 
@@ -214,13 +215,14 @@ def _rank_plan(
     model: ModelSpec,
     topology: Topology,
     stages: tuple[range, ...],
+    stage_weights: list[int],
     rank: int,
     budget: int,
     fixed: tuple[MemoryLine, ...],
     limits: StepLimits,
 ) -> RankPlan:
-    layers = stages[topology.stage(rank)]
-    weights = stage_bytes(model, topology, layers)
+    stage = topology.stage(rank)
+    layers, weights = stages[stage], stage_weights[stage]
     block = block_bytes(model, topology, layers, limits.block_tokens)
     left = max(budget - weights - sum(line.predicted_bytes for line in fixed), 0)
     kv = left // block * block
@@ -261,9 +263,9 @@ def _fixed_lines(
     activations += limits.step_tokens * model.activation_whole
     cut, whole = math.ceil(model.vocab_size / tp), model.vocab_size
     expanded = _expanded_bytes(model, topology, limits) if overheads.expands_float8 else 0
+    divided = DIVIDED_BYTES if topology.dcp > 1 else 0
     logits = limits.logit_rows * (overheads.logit_bytes * cut + overheads.whole_logit_bytes * whole)
     return (
-    divided = DIVIDED_BYTES if topology.dcp > 1 else 0
         MemoryLine("runtime", overheads.runtime, "interpreter, libraries, device context"),
         MemoryLine("activations", activations * size, f"a step of {limits.step_tokens} tokens"),
         MemoryLine("logits", logits, f"{limits.logit_rows} rows at a time"),

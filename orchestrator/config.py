@@ -59,6 +59,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What clients are told; None: the directory's name."""
     tp: int = 1
     pp: int = 1
+    ep: int = 1
+    """tp: routed experts are placed over the group; 1: they are cut by it."""
+    dcp: int = 1
+    """Ranks of a group that keep the KV of the same heads by position."""
     dtype: str = "float32"
     kv_dtype: str = "auto"
     """What keys and values are stored in; ``auto``: ``dtype``."""
@@ -95,7 +99,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def topology(self) -> Topology:
         """How the ranks are arranged."""
-        return Topology(tp=self.tp, pp=self.pp)
+        return Topology(tp=self.tp, pp=self.pp, ep=self.ep, dcp=self.dcp)
 
     @property
     def model_name(self) -> str:

@@ -63,7 +63,7 @@ def _table(matrix: Matrix, console: "Console") -> "Table":
         is_best = index == matrix.best
         cells: list[str | Text] = [
             "*" if is_best else "",
-            _name(layout),
+            layout.name,
             size(layout.weights_bytes_per_rank),
         ]
         cells.append(size(_rest(layout)))
@@ -83,11 +83,6 @@ def _table(matrix: Matrix, console: "Console") -> "Table":
             cells.append(_bar(layout))
         table.add_row(*cells, style="bold" if is_best else None if layout.fits else "dim")
     return table
-
-
-def _name(layout: Layout) -> str:
-    more = [f"{view} {degree}" for view, degree in (("ep", layout.ep), ("dcp", layout.dcp)) if degree > 1]
-    return " ".join([layout.name, *more])
 
 
 def _rest(layout: Layout) -> int:

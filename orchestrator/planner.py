@@ -6,7 +6,7 @@ import msgspec
 
 from loader.index import check_against, read_index
 from models.known import known_model
-from models.layouts import Asked, Matrix, Prefer, lay_out
+from models.layouts import Asked, Matrix, Prefer, check_views, lay_out
 from models.machines import GPUS, NETWORKS, Gpu, Machines, gpu_of_driver
 from models.memory import CUDA_OVERHEADS, StepLimits
 from models.registry import build_spec, load_spec
@@ -63,38 +63,63 @@ def plan_layouts(subject: Subject, machines: Machines, memory_bytes: int | None,
     return lay_out(subject.spec, machines, budget, limits, CUDA_OVERHEADS, asked, subject.checkpoint_bytes)
 
 
+class Given(msgspec.Struct, frozen=True):
+    """Degrees that somebody gave; None: to be chosen, or else 1."""
+
+    tp: int | None = None
+    pp: int | None = None
+    ep: int | None = None
+    dcp: int | None = None
+
+
 def choose_layout(
-    config: ServeConfig,
-    tp: int | None,
-    pp: int | None,
-    *,
-    is_auto: bool,
-    prefer: Prefer | None,
+    config: ServeConfig, given: Given, *, is_auto: bool, prefer: Prefer | None
 ) -> tuple[ServeConfig, str | None]:
     """Return the instance with its degrees, and why it has them where they were chosen here.
 
-    They are chosen where nobody gave one and ranks run on GPUs, or where ``is_auto`` says so; then a degree
-    that is given stays. One rank for each device of the list.
-    Errors: ``InvalidRequestError`` for a choice that cannot be; ``MemoryBudgetError`` where nothing fits;
-    those of ``subject`` and ``lay_out``.
+    They are chosen where nobody gave tp or pp and ranks run on GPUs, or where ``is_auto`` says so; then a
+    degree that is given stays. Of a layout that is given, on GPUs, ep and dcp are chosen. One rank for each
+    device of the list.
+    Errors: ``InvalidRequestError`` for a choice that cannot be; ``LayoutError`` for views of no such group;
+    ``MemoryBudgetError`` where nothing fits; those of ``subject`` and ``lay_out``.
     """
     on_gpus = device_kind(config.devices) == "cuda"
+    ranks = len(config.devices)
     if is_auto and not on_gpus:
         raise InvalidRequestError(
             "--layout auto is for GPUs: give --devices cuda:0,cuda:1 and so on, or --tp and --pp",
             field="layout",
         )
-    if not is_auto and (not on_gpus or tp is not None or pp is not None):
+    if not is_auto and (not on_gpus or given.tp is not None or given.pp is not None):
         if prefer is not None:
             raise InvalidRequestError(
                 "--prefer says which layout to choose, and none is to be chosen: give --layout auto with "
                 "GPUs, or leave it out",
                 field="prefer",
             )
+        check_views(config.tp, config.ep, config.dcp)
+        is_settled = given.ep is not None and given.dcp is not None
+        if not on_gpus or is_settled or config.tp * config.pp != ranks or config.tp == 1:
+            return config, None
+        matrix, called = _matrix(config, msgspec.structs.replace(given, tp=config.tp, pp=config.pp), None)
+        if matrix.best is None or matrix.layouts[0].ep == matrix.layouts[0].dcp == 1:
+            return config, None
+    elif ranks == 1:
+        check_views(1, config.ep, config.dcp)
         return config, None
+    else:
+        matrix, called = _matrix(config, given, prefer)
+        if matrix.best is None:
+            raise MemoryBudgetError(matrix.why, field="memory")
+    best = matrix.layouts[matrix.best]
+    return msgspec.structs.replace(config, tp=best.tp, pp=best.pp, ep=best.ep, dcp=best.dcp), (
+        f"layout on {ranks} of {called}: {matrix.why}"
+    )
+
+
+def _matrix(config: ServeConfig, given: Given, prefer: Prefer | None) -> tuple[Matrix, str]:
+    """Return the layouts on the devices that are here, and what these are called."""
     ranks = len(config.devices)
-    if ranks == 1:
-        return config, None
     found = subject(config.model_name, config.model, config.dtype, config.kv_dtype)
     budget = min(rank_budgets(config.devices, ranks, config.memory_bytes, config.environment))
     gpu, called = _gpu_here(config)
@@ -102,24 +127,11 @@ def choose_layout(
         context=config.context,
         concurrency=min(Asked().concurrency, config.max_rows),
         prefer=prefer or Asked().prefer,
-        tp=tp,
-        pp=pp,
+        **msgspec.structs.asdict(given),
     )
-    matrix = lay_out(
-        found.spec,
-        Machines(gpu, 1, ranks, NETWORKS["infiniband"]),
-        budget,
-        config.limits,
-        CUDA_OVERHEADS,
-        asked,
-        found.checkpoint_bytes,
-    )
-    if matrix.best is None:
-        raise MemoryBudgetError(matrix.why, field="memory")
-    best = matrix.layouts[matrix.best]
-    return msgspec.structs.replace(config, tp=best.tp, pp=best.pp), (
-        f"layout on {ranks} of {called}: {matrix.why}"
-    )
+    machines = Machines(gpu, 1, ranks, NETWORKS["infiniband"])
+    limits, read_bytes = config.limits, found.checkpoint_bytes
+    return lay_out(found.spec, machines, budget, limits, CUDA_OVERHEADS, asked, read_bytes), called
 
 
 def _gpu_here(config: ServeConfig) -> tuple[Gpu, str]:

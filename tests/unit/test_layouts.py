@@ -184,8 +184,15 @@ def test_the_tightest_rank_is_shown_and_all_degrees_multiply_to_the_gpus() -> No
             (tp, count // tp) for tp in range(1, count + 1) if count % tp == 0
         }
         for layout in found.layouts:
+            if layout.dcp > 1:
+                continue  # Its buffers alone are more than these toys have.
             planned = plan_memory(
-                model, Topology(layout.tp, layout.pp), [2_000_000] * count, LIMITS, NO_OVERHEADS, None
+                model,
+                Topology(layout.tp, layout.pp),
+                [2_000_000] * count,
+                LIMITS,
+                NO_OVERHEADS,
+                None,
             )
             assert layout.kv_tokens == planned.kv_tokens
             assert layout.lines == planned.ranks[layout.rank].lines

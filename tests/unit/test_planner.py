@@ -20,7 +20,7 @@ from models.layouts import Asked
 from models.machines import parse_gpus
 from orchestrator.config import ServeConfig
 from orchestrator.layout_table import show_matrix
-from orchestrator.planner import choose_layout, plan_layouts, subject
+from orchestrator.planner import Given, choose_layout, plan_layouts, subject
 from protocol.errors import InvalidRequestError, LayoutError, MemoryBudgetError, ModelFormatError
 from tests.tiny_llama import write_tiny_llama
 
@@ -65,7 +65,8 @@ def serve(model: Path, devices: tuple[str, ...], **asked: Any) -> ServeConfig:
 def choose(
     config: ServeConfig, tp: int | None = None, pp: int | None = None, **how: Any
 ) -> tuple[ServeConfig, str | None]:
-    return choose_layout(config, tp, pp, **{"is_auto": False, "prefer": None, **how})
+    given = Given(tp, pp, how.pop("ep", None), how.pop("dcp", None))
+    return choose_layout(config, given, **{"is_auto": False, "prefer": None, **how})
 
 
 @pytest.mark.usefixtures("driver")
