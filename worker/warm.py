@@ -40,16 +40,16 @@ def main() -> int:
 
 def _warm_operators(cache: Path, architecture: str, model: Path, tp: int, block_tokens: int) -> None:
     from models.registry import load_spec
-    from worker.backends.cuda.backend import latents_refused
     from worker.backends.cuda.device import operators_directory
-    from worker.backends.cuda.flashinfer_build import build, operators_of
+    from worker.backends.cuda.flashinfer_build import build, latent_operators, operators_of
 
     spec = load_spec(model, "bfloat16")
     for group in spec.kv_groups:
         if group.kind == "latent":
-            raise latents_refused(group.key_dim)
-        ratio = -(-spec.heads // tp) // group.local_heads(Topology(tp))
-        operators = operators_of(group.key_dim, ratio, block_tokens)
+            operators = latent_operators()
+        else:
+            ratio = -(-spec.heads // tp) // group.local_heads(Topology(tp))
+            operators = operators_of(group.key_dim, ratio, block_tokens)
         for name, was_built in build(operators, operators_directory(cache, architecture)):
             _say(name, was_built=was_built)
 

@@ -21,7 +21,7 @@ class MultiHeadLatentAttention:
         self._backend, self._group = parts.backend, parts.cache[layer].group
         self._down, self._q = weights[f"{prefix}down_latents"], weights[f"{prefix}q"]
         self._o = weights[f"{prefix}o"]
-        self._kv_norm = RMSNorm(parts, f"{prefix}kv_norm", LATENT_NORM_EPS)
+        self._kv_norm = weights[f"{prefix}kv_norm"]
         self._q_norm = None
         if config.q_latent is not None:
             self._q_norm = RMSNorm(parts, f"{prefix}q_norm", LATENT_NORM_EPS)
@@ -49,7 +49,6 @@ class MultiHeadLatentAttention:
         """Return queries [tokens, heads, query_dim] and lines [tokens, line_dim], not yet rotated."""
         down = self._backend.linear(x, self._down)
         lines = down[:, -self._line_dim :]
-        latents = lines[:, : self._latent]
-        latents.copy_(self._kv_norm(latents))
+        self._backend.norm_heads(lines[:, : self._latent], self._kv_norm, LATENT_NORM_EPS)
         source = x if self._q_norm is None else self._q_norm(down[:, : -self._line_dim])
         return self._backend.linear(source, self._q).view(x.shape[0], -1, self._query_dim), lines

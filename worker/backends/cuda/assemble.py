@@ -11,15 +11,22 @@ from typing import Any
 import torch
 
 from kv.tensors import KVLayout, KVTensors, LayerCache
+from models.deepseek_config import DeepseekConfig
 from models.memory import StepLimits, expanded_tokens
+from models.spec import KVGroup, ModelSpec
+from protocol.control import Boot
+from protocol.topology import Topology
 from worker.assemble import RankLimits
+from worker.backends.base import LatentAttention, LatentHeads
 from worker.backends.cuda.attention import CudaAttention
-from worker.backends.cuda.backend import CudaBackend, latents_refused
+from worker.backends.cuda.backend import CudaBackend
 from worker.backends.cuda.comm import CudaCommunicator
 from worker.backends.cuda.cublaslt import WORKSPACE_BYTES, CublasLt
 from worker.backends.cuda.device import Device
 from worker.backends.cuda.gemm_table import GemmTable, read, table_path
 from worker.backends.cuda.graphs import LADDER, SHORT_LADDER
+from worker.backends.cuda.latent import CudaLatents
+from worker.backends.cuda.latent_own import LatentShape
 from worker.backends.cuda.linear import Linear
 from worker.backends.cuda.memory import DeviceRange
 from worker.backends.cuda.runner import CudaRunner
@@ -44,12 +51,65 @@ what it would take is planned, not measured, there."""
 class _ByGroup:
     """The attention of a layer's own KV group."""
 
-    def __init__(self, attention: tuple[CudaAttention, ...]) -> None:
+    def __init__(self, attention: tuple[CudaAttention | CudaLatents, ...]) -> None:
         self._attention = attention
 
-    def run(self, queries: torch.Tensor, cache: LayerCache, plan: Any) -> torch.Tensor:
+    def run(
+        self, queries: torch.Tensor, cache: LayerCache, plan: Any, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See ``CudaAttention.run``."""
-        return self._attention[cache.group].run(queries, cache, plan)
+        group = self._attention[cache.group]
+        assert isinstance(group, CudaAttention), cache.group
+        return group.run(queries, cache, plan, out)
+
+    def latents(self, heads: LatentHeads, cache: LayerCache) -> LatentAttention:
+        """See ``CudaLatents.layer``."""
+        group = self._attention[cache.group]
+        assert isinstance(group, CudaLatents), cache.group
+        return group.layer(heads, cache)
+
+
+def _attention_of(
+    spec: ModelSpec, group: KVGroup, topology: Topology, boot: Boot, device: Device
+) -> CudaAttention | CudaLatents:
+    """Return the attention of a KV group on one rank."""
+    heads, max_blocks = spec.heads // topology.tp, -(-boot.context // boot.block_tokens)
+    dtype, is_float8 = getattr(torch, spec.dtype), group.dtype == "float8"
+    if group.kind == "latent":
+        config = spec.config
+        assert isinstance(config, DeepseekConfig), spec.architecture
+        shape = LatentShape(
+            heads=heads,
+            latent=config.kv_latent,
+            rope=config.rope_dim,
+            nope_dim=config.nope_dim,
+            value_dim=config.value_dim,
+            scale=config.softmax_scale,
+            dtype=dtype,
+            block_tokens=boot.block_tokens,
+            max_rows=boot.max_rows,
+            max_blocks=max_blocks,
+            step_tokens=boot.step_tokens,
+            is_float8=is_float8,
+        )
+        return CudaLatents(device.kernels, device.operators, shape, device.torch_device)
+    step_limits = StepLimits(boot.max_rows, boot.step_tokens, boot.logit_rows, boot.block_tokens)
+    return CudaAttention(
+        device.kernels,
+        device.operators,
+        heads=heads,
+        kv_heads=group.local_heads(topology),
+        key_dim=group.key_dim,
+        value_dim=group.value_dim,
+        dtype=dtype,
+        block_tokens=boot.block_tokens,
+        max_rows=boot.max_rows,
+        max_blocks=max_blocks,
+        step_tokens=boot.step_tokens,
+        device=device.torch_device,
+        is_float8=is_float8,
+        expanded_tokens=expanded_tokens(spec, step_limits),
+    )
 
 
 class Assembled:
@@ -57,9 +117,6 @@ class Assembled:
 
     def __init__(self, work: BootWork, device: Device, comm: CudaCommunicator) -> None:
         boot, spec, topology = work.boot, work.spec, comm.topology
-        for group in spec.kv_groups:
-            if group.kind == "latent":
-                raise latents_refused(group.key_dim)
         self._device, self._comm, self._limits = device, comm, RankLimits.of(boot)
         layers = work.stages[topology.stage(boot.rank)]
         takes_turns = topology.world_size > 1 and not device.is_alone
@@ -85,25 +142,8 @@ class Assembled:
         self._map_blocks(min(warm_blocks(warm), boot.num_blocks))
         cache = KVTensors(spec, topology, self._layout, self._kv)
         max_blocks = -(-boot.context // boot.block_tokens)
-        step_limits = StepLimits(boot.max_rows, boot.step_tokens, boot.logit_rows, boot.block_tokens)
         self._attention = tuple(
-            CudaAttention(
-                device.kernels,
-                device.operators,
-                heads=spec.heads // topology.tp,
-                kv_heads=group.local_heads(topology),
-                key_dim=group.key_dim,
-                value_dim=group.value_dim,
-                dtype=getattr(torch, spec.dtype),
-                block_tokens=boot.block_tokens,
-                max_rows=boot.max_rows,
-                max_blocks=max_blocks,
-                step_tokens=boot.step_tokens,
-                device=device.torch_device,
-                is_float8=group.dtype == "float8",
-                expanded_tokens=expanded_tokens(spec, step_limits),
-            )
-            for group in spec.kv_groups
+            _attention_of(spec, group, topology, boot, device) for group in spec.kv_groups
         )
         lt = CublasLt(device.torch_device)
         table = GemmTable(read(table_path(device.kernel_cache, device.name, lt.version)))

@@ -22,8 +22,9 @@ RingPath = Literal[
 ``e4m3``: of a float8 cache, whose tiles are half as large, so that there are twice as many.
 ``by``: so many blocks, a cluster, share a row whatever its length and ``split_tokens``.
 """
-DecodePath = RingPath | Literal["xqa", "xqa_wide", "tensor", "vector"]
-"""FlashInfer's XQA with one or two blocks a multiprocessor; our kernels on tensor and on CUDA cores."""
+DecodePath = RingPath | Literal["xqa", "xqa_wide", "tensor", "vector", "latent"]
+"""FlashInfer's XQA with one or two blocks a multiprocessor; our kernels on tensor and on CUDA cores; the
+one for latents, whose shape decides alone."""
 PrefillPath = Literal["fa3", "fa2", "tiled"]
 """FlashInfer's FlashAttention 3 and 2; our own kernel."""
 

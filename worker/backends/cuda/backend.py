@@ -22,15 +22,20 @@ from worker.context import AttentionPlan
 class PlannedAttention(Protocol):
     """What the backend needs of attention over paged KV."""
 
-    def run(self, queries: torch.Tensor, cache: LayerCache, plan: Any) -> torch.Tensor:
-        """Return [tokens, heads * value_dim] of rotated queries [tokens, heads * key_dim]."""
+    def run(
+        self, queries: torch.Tensor, cache: LayerCache, plan: Any, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return [tokens, heads * value_dim] of rotated queries [tokens, heads * key_dim], in ``out``."""
+
+    def latents(self, heads: LatentHeads, cache: LayerCache) -> LatentAttention:
+        """Return a layer's attention over latents."""
 
 
 def latents_refused(line_dim: int) -> UnsupportedModelError:
     """Return the refusal of a model whose KV is latents, ``line_dim`` elements a token."""
     return UnsupportedModelError(
-        f"attention over latents of {line_dim} elements was asked for on a GPU, whose kernels attend to "
-        "keys and values of heads: serve this model with --device cpu"
+        f"attention over latents was asked for on a GPU, of lines of {line_dim} elements, which are more "
+        "than its kernels take: serve this model with --device cpu"
     )
 
 
@@ -80,8 +85,10 @@ class CudaBackend:
 
     def norm_heads(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         """See ``Backend.norm_heads``."""
-        # Columns of one head are a view still, which the kernel cannot walk.
-        heads = x.reshape(-1, weight.shape[0]).contiguous()
+        if x.shape[1] == weight.shape[0]:
+            self._elementwise.rms_norm(x, weight, eps, out=x)
+            return
+        heads = x.reshape(-1, weight.shape[0])
         x.copy_(self._elementwise.rms_norm(heads, weight, eps).view(x.shape))
 
     def reduce_add(self, residual: torch.Tensor, update: torch.Tensor, comm: Communicator) -> None:
@@ -126,13 +133,13 @@ class CudaBackend:
         assert isinstance(plan, CudaStepPlan)
         if isinstance(plan.attention, Pieces):
             width = rotated.shape[1] // cache.key_dim * cache.value_dim
-            return plan.attention.attend(rotated, cache, width)
+
+            def between(plan: AttentionPlan, asked: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+                self._attention.run(asked[0], cache, plan, out)
+
+            return plan.attention.attend(between, cache.group, (rotated,), width)
         return self._attention.run(rotated, cache, plan.attention)
 
-    def latent_attention(
-        self,
-        heads: LatentHeads,  # noqa: ARG002
-        cache: LayerCache,
-    ) -> LatentAttention:
+    def latent_attention(self, heads: LatentHeads, cache: LayerCache) -> LatentAttention:
         """See ``Backend.latent_attention``."""
-        raise latents_refused(cache.key_dim)
+        return self._attention.latents(heads, cache)

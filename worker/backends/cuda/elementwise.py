@@ -30,13 +30,20 @@ class Elementwise:
         self._kernels = kernels
         self._known: dict[str, Kernel] = {}
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Return x / sqrt(mean(x²) + eps) · weight of x [tokens, width]; summed in float32."""
-        name, threads = _norm_shape(x, x, weight)
-        out = torch.empty_like(x)
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return x / sqrt(mean(x²) + eps) · weight of x [tokens, width]; summed in float32.
+
+        ``x`` may be some columns of a wider matrix, and ``out`` too, which may be ``x`` itself.
+        """
+        if out is None:
+            out = x.new_empty(x.shape)
+        name, threads = _norm_shape(x, out, weight)
         if x.shape[0]:
-            kernel = self._get(f"norm_{name}", "PPPif")
-            kernel((x.shape[0],), threads, (x, weight, out, x.shape[1], eps))
+            kernel = self._get(f"norm_{name}", "PPPiiif")
+            pitches = x.stride(0), out.stride(0)
+            kernel((x.shape[0],), threads, (x, weight, out, x.shape[1], *pitches, eps))
         return out
 
     def add_norm(
@@ -168,7 +175,11 @@ def _norm_shape(x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor) -> 
     width = x.shape[1]
     pack = _WIDTHS[x.dtype][0]
     choices: tuple[int, ...] = _NORM_CHUNKS
-    if _width((x, update, weight), (width,)) < pack:
+    # A row of a wider matrix begins where its pitch says.
+    addresses = x.data_ptr() | update.data_ptr() | weight.data_ptr()
+    places = addresses // x.element_size() | width | x.stride(0) | update.stride(0)
+    assert x.stride(1) == update.stride(1) == weight.stride(0) == 1, (x.stride(), update.stride())
+    if places % pack:
         pack, choices = 1, (_NORM_SCALAR_CHUNKS,)
     most = _MAX_THREADS if x.shape[0] <= _FEW_ROWS else _THREADS
     packs = width // pack

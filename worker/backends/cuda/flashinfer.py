@@ -7,6 +7,7 @@ An operator is a shared library, ``DIRECTORY/NAME/NAME.so``; its arguments are t
 import ctypes
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from kv.tensors import LayerCache
 from worker.backends.cuda.attention_own import Rows, Shape
 
-_CAUSAL = 1
+_ALL, _CAUSAL = 0, 1
+_RAGGED_PAGE = 1
 _LAYOUT_NHD = 0
 _NO_WINDOW = -1
 _XQA_DIMS = (64, 128, 256)
@@ -50,11 +52,12 @@ def xqa_name(block_tokens: int, dim: int, ratio: int) -> str:
     )
 
 
-def prefill_name(dim: int, is_fa3: bool) -> str:
-    """Return the name of the bf16 prefill operator of a head dim."""
+def prefill_name(dim: int, is_fa3: bool, value_dim: int | None = None) -> str:
+    """Return the name of the bf16 prefill operator of a head dim; ``value_dim``: where it is another."""
+    values = dim if value_dim is None else value_dim
     return (
         "batch_prefill_with_kv_cache_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32"
-        f"_head_dim_qk_{dim}_head_dim_vo_{dim}_posenc_0_use_swa_False_use_logits_cap_False_f16qk_False"
+        f"_head_dim_qk_{dim}_head_dim_vo_{values}_posenc_0_use_swa_False_use_logits_cap_False_f16qk_False"
         f"{'_sm90' if is_fa3 else ''}"
     )
 
@@ -163,6 +166,22 @@ class PrefillPlan:
     last_pages: torch.Tensor
 
 
+def _new_space(work_bytes: int, indices: int, device: torch.device) -> _PlanSpace:
+    return _PlanSpace(
+        torch.zeros(work_bytes, dtype=torch.uint8, device=device),
+        torch.zeros(work_bytes, dtype=torch.uint8, pin_memory=True),
+        torch.zeros(indices, dtype=torch.int32, device=device),
+        torch.zeros(indices, dtype=torch.int32, pin_memory=True),
+        torch.cuda.Event(blocking=True),  # type: ignore[no-untyped-call]
+    )
+
+
+def _fa3_work_bytes(step_tokens: int, max_rows: int, heads: int) -> int:
+    # Seven int32 a tile of 128 queries and head; many tiles share one schedule for all heads.
+    tiles = step_tokens // 128 + max_rows + 1
+    return 28 * max(min(tiles, 4096) * heads, tiles) + _SPREAD
+
+
 class PagedPrefill:
     """Rows of many query tokens. Two plans' memory alternates: one is filled while the other is read."""
 
@@ -174,16 +193,7 @@ class PagedPrefill:
         # FA2 is not let split the keys, and FA3 does not: nothing is written here.
         self._unused = torch.zeros(16, dtype=torch.uint8, device=device)
         work_bytes, indices = self._work_bytes(), 3 * shape.max_rows + 2
-        self._spaces = [
-            _PlanSpace(
-                torch.zeros(work_bytes, dtype=torch.uint8, device=device),
-                torch.zeros(work_bytes, dtype=torch.uint8, pin_memory=True),
-                torch.zeros(indices, dtype=torch.int32, device=device),
-                torch.zeros(indices, dtype=torch.int32, pin_memory=True),
-                torch.cuda.Event(blocking=True),  # type: ignore[no-untyped-call]
-            )
-            for _ in range(2)
-        ]
+        self._spaces = [_new_space(work_bytes, indices, device) for _ in range(2)]
         self.device_bytes = 2 * (work_bytes + 4 * indices)
 
     @staticmethod
@@ -278,9 +288,141 @@ class PagedPrefill:
     def _work_bytes(self) -> int:
         shape = self._shape
         if self.is_fa3:
-            # Seven int32 a tile of 128 queries and head; many tiles share one schedule for all heads.
-            tiles = shape.step_tokens // 128 + shape.max_rows + 1
-            return 28 * max(min(tiles, 4096) * shape.heads, tiles) + _SPREAD
+            return _fa3_work_bytes(shape.step_tokens, shape.max_rows, shape.heads)
         # Three int32 a tile of 16 packed queries at least, and the rows' starts.
         tiles = shape.step_tokens * shape.ratio // 16 + shape.max_rows + 1
         return 12 * tiles + 4 * shape.max_rows + _SPREAD
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedPlan:
+    """One launch of a step; good until the step after the next begins."""
+
+    info: Any
+    work: torch.Tensor
+    q_starts: torch.Tensor
+    kv_starts: torch.Tensor
+    firsts: torch.Tensor
+    """What was given beside the starts."""
+    mask: int
+
+
+class RaggedPrefill:
+    """FlashAttention 3 over keys and values that lie row after row, with a dim of their own each.
+
+    A step may have several launches, each with a plan; the plans of two steps have memory of their own.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        *,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        scale: float,
+        max_rows: int,
+        step_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self._plan, self._run = module.plan, module.ragged_run
+        self._heads, self._key_dim, self._value_dim, self._scale = heads, key_dim, value_dim, scale
+        self._device = device
+        self._unused = torch.zeros(16, dtype=torch.uint8, device=device)
+        self._work_bytes = _fa3_work_bytes(step_tokens, max_rows, heads)
+        self._indices = 3 * max_rows + 2
+        # The second of a step is for the first piece of what is cached; more are made as they are needed.
+        self._spaces = [[self._new_space() for _ in range(2)] for _ in range(2)]
+        self._used = 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that was allocated for good."""
+        return sum(map(len, self._spaces)) * (self._work_bytes + 4 * self._indices)
+
+    def begin(self) -> None:
+        """Begin a step: the plans of the step before the last may be written over."""
+        self._spaces.reverse()
+        self._used = 0
+
+    def plan(
+        self, q_starts: list[int], kv_starts: list[int], firsts: list[int], *, is_causal: bool
+    ) -> RaggedPlan:
+        """Plan rows whose queries begin at ``q_starts``, keys at ``kv_starts``, [rows + 1], from 0.
+
+        Causal: a row's last query is its last key's. ``firsts``, [rows] or empty, is taken to the device.
+        """
+        spaces, rows = self._spaces[0], len(q_starts) - 1
+        if self._used == len(spaces):
+            spaces.append(self._new_space())
+        space = spaces[self._used]
+        self._used += 1
+        if not space.copied.query():  # type: ignore[no-untyped-call]
+            space.copied.synchronize()
+        host = torch.tensor([*q_starts, *kv_starts, *firsts], dtype=torch.int32)
+        count = host.numel()
+        space.pinned_indices[:count].copy_(host)
+        space.indices[:count].copy_(space.pinned_indices[:count], non_blocking=True)
+        lengths = [after - before for before, after in pairwise(kv_starts)]
+        info = self._plan(
+            self._unused,
+            space.work,
+            space.pinned_work,
+            host[: rows + 1],
+            host[rows + 1 : 2 * rows + 2],
+            torch.tensor(lengths, dtype=torch.int32),
+            q_starts[-1],
+            rows,
+            self._heads,
+            self._heads,
+            _RAGGED_PAGE,
+            False,  # for a CUDA graph
+            self._key_dim,
+            self._value_dim,
+            is_causal,
+            _NO_WINDOW,
+        )
+        space.copied.record()
+        return RaggedPlan(
+            info,
+            space.work,
+            space.indices[: rows + 1],
+            space.indices[rows + 1 : 2 * rows + 2],
+            space.indices[2 * rows + 2 : count],
+            _CAUSAL if is_causal else _ALL,
+        )
+
+    def launch(
+        self,
+        plan: RaggedPlan,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        log_sums: torch.Tensor,
+    ) -> None:
+        """Attend ``queries`` to ``keys`` and ``values``, all [tokens, heads, dim], into ``out``.
+
+        ``log_sums``, float32 [tokens, heads], gets the base-2 logarithm of each softmax's denominator.
+        """
+        self._run(
+            self._unused,
+            plan.work,
+            plan.info,
+            queries,
+            keys,
+            values,
+            plan.q_starts,
+            plan.kv_starts,
+            out,
+            log_sums,
+            plan.mask,
+            _LAYOUT_NHD,
+            _NO_WINDOW,
+            False,  # programmatic dependent launch
+            # No prefixes, no item lists, no scale of the values, no cap.
+            *(None, None, None, None, 0.0, self._scale, 1.0, 0),
+        )
+
+    def _new_space(self) -> _PlanSpace:
+        return _new_space(self._work_bytes, self._indices, self._device)

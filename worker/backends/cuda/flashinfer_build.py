@@ -25,6 +25,7 @@ _LARGEST_XQA_DIM = 256
 _LARGEST_XQA_RATIO = 32
 _FA3_DIMS = (128,)
 _FA2_DIMS = (64,)
+_LATENT_DIMS = (192, 128)
 _NO_POSITIONS = 0
 
 
@@ -51,6 +52,13 @@ def operators_of(dim: int, ratio: int, block_tokens: int) -> tuple[Operator, ...
     elif dim in _FA2_DIMS:
         operators.append(Operator(prefill_name(dim, is_fa3=False), lambda: _describe_prefill("fa2", dim)))
     return tuple(operators)
+
+
+def latent_operators() -> tuple[Operator, ...]:
+    """Return what bf16 attention over latents of DeepSeek-V3's shape uses where it expands them."""
+    dim, value_dim = _LATENT_DIMS
+    name = prefill_name(dim, is_fa3=True, value_dim=value_dim)
+    return (Operator(name, lambda: _describe_prefill("fa3", dim, value_dim)),)
 
 
 def build(operators: tuple[Operator, ...], directory: Path) -> Iterator[tuple[str, bool]]:
@@ -81,11 +89,11 @@ def _describe_xqa(block_tokens: int, dim: int, ratio: int) -> Any:
     return builder.gen_xqa_module(bf16, bf16, block_tokens, dim, ratio, False, bf16)
 
 
-def _describe_prefill(kind: str, dim: int) -> Any:
-    bf16 = torch.bfloat16
+def _describe_prefill(kind: str, dim: int, value_dim: int | None = None) -> Any:
+    bf16, values = torch.bfloat16, dim if value_dim is None else value_dim
     builder = import_module("flashinfer.jit.attention.modules")
     return builder.gen_batch_prefill_module(
-        kind, bf16, bf16, bf16, torch.int32, dim, dim, _NO_POSITIONS, False, False, False
+        kind, bf16, bf16, bf16, torch.int32, dim, values, _NO_POSITIONS, False, False, False
     )
 
 

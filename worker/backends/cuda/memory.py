@@ -95,10 +95,10 @@ class DeviceRange:
 
 
 def borrowed(x: torch.Tensor) -> torch.Tensor:
-    """Return contiguous ``x`` without holding its memory: for what a graph pool keeps, and reuses."""
-    assert x.is_contiguous()
-    whole = torch.as_tensor(_Bytes(x.data_ptr(), x.numel() * x.element_size()), device=x.device)
-    return whole.view(x.dtype).view(x.shape)
+    """Return ``x`` without holding its memory: for what a graph pool keeps, and reuses."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    whole = torch.as_tensor(_Bytes(x.data_ptr(), extent * x.element_size()), device=x.device)
+    return whole.view(x.dtype).as_strided(x.shape, x.stride())
 
 
 def granule_bytes(ordinal: int) -> int:

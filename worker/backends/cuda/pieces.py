@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from kv.tensors import LayerCache
 from worker.backends.cuda.memory import borrowed
+from worker.context import AttentionPlan
 
 SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512, 640, 768, 896, 1024)
 """Tokens; a step is padded to the next one. A step of more is launched kernel by kernel: the device takes
 longer for it than Python does."""
 
-Attend = Callable[[torch.Tensor, LayerCache, torch.Tensor], None]
-"""Attends with queries [tokens, …] over a layer's cache into the output: outside of any graph."""
+Attend = Callable[[AttentionPlan, tuple[torch.Tensor, ...], torch.Tensor], None]
+"""One layer's attention, outside of any graph: of what was given for each token, [tokens, …] each, into the
+output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,9 @@ class Inputs:
 class _Attention:
     """Between two pieces. Tensors do not hold their memory: what comes after them may use it."""
 
-    queries: torch.Tensor
-    cache: LayerCache
+    attend: Attend
+    group: int
+    asked: tuple[torch.Tensor, ...]
     out: torch.Tensor
 
 
@@ -60,24 +62,31 @@ class Pieces:
         finally:
             self._graphs[-1].capture_end()
 
-    def attend(self, queries: torch.Tensor, cache: LayerCache, width: int) -> torch.Tensor:
-        """End a piece and begin the next; return where attention will put [tokens, width]."""
+    def attend(
+        self, attend: Attend, group: int, asked: tuple[torch.Tensor, ...], width: int
+    ) -> torch.Tensor:
+        """End a piece and begin the next; return where attention will put [tokens, width].
+
+        ``asked``: what it is of, the queries first; ``group``: whose plan it will be given.
+        """
         self._graphs[-1].capture_end()
         self._begin(self._graphs[-1].pool())
         # In the graphs' memory, and while the queries still hold theirs: the two must not be the same.
+        queries = asked[0]
         out = torch.empty(queries.shape[0], width, dtype=queries.dtype, device=queries.device)
-        self._attentions.append(_Attention(borrowed(queries), cache, borrowed(out)))
+        self._attentions.append(_Attention(attend, group, tuple(map(borrowed, asked)), borrowed(out)))
         return out
 
-    def run(self, tokens: int, attend: Sequence[Attend]) -> torch.Tensor:
+    def run(self, tokens: int, plans: Sequence[AttentionPlan]) -> torch.Tensor:
         """Replay with attention in between, for the first ``tokens``; return hidden states [tokens, …].
 
-        ``attend``: by KV group. What comes back is good until the next replay of anything in the pool.
+        ``plans``: by KV group. What comes back is good until the next replay of anything in the pool.
         """
         assert self._hidden is not None
         for graph, between in zip(self._graphs, self._attentions, strict=False):
             graph.replay()
-            attend[between.cache.group](between.queries[:tokens], between.cache, between.out[:tokens])
+            asked = tuple(one[:tokens] for one in between.asked)
+            between.attend(plans[between.group], asked, between.out[:tokens])
         self._graphs[-1].replay()
         return self._hidden[:tokens]
 

@@ -10,26 +10,25 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 
 import numpy as np
 import torch
 
-from kv.tensors import LayerCache
 from models.spec import ModelSpec
 from protocol.control import PromptLogprobs, StepPlan, StepResult
-from worker.backends.cuda.attention import CudaAttention, PagedPlan
+from worker.backends.cuda.attention import CudaAttention
 from worker.backends.cuda.backend import CudaStepPlan
 from worker.backends.cuda.comm import CudaCommunicator
 from worker.backends.cuda.completions import Completions, Pending
 from worker.backends.cuda.device import Device
 from worker.backends.cuda.graphs import DecodeGraphs, StepKind
+from worker.backends.cuda.latent import CudaLatents
 from worker.backends.cuda.pieces import SIZES, Inputs, Pieces, size_for
 from worker.backends.cuda.sampler import CudaSampler, SamplerOutputs
 from worker.backends.cuda.step_inputs import StepInputs, StepTensors
 from worker.batch import Batch, BatchLimits, Row, Scheduled
-from worker.context import StepContext, Wanted
+from worker.context import AttentionPlan, StepContext, Wanted
 from worker.models.base import StageModel
 from worker.steps import Answer
 
@@ -52,7 +51,7 @@ class CudaRunner:
         self,
         spec: ModelSpec,
         model: StageModel,
-        attention: tuple[CudaAttention, ...],
+        attention: tuple[CudaAttention | CudaLatents, ...],
         sampler: CudaSampler | None,
         inputs: StepInputs,
         comm: CudaCommunicator,
@@ -214,7 +213,7 @@ class CudaRunner:
         )
         q_starts = [*(item.span.offset for item in scheduled), len(token_ids)]
         kv_lengths = [item.span.end for item in scheduled]
-        plans = tuple(
+        plans: tuple[AttentionPlan, ...] = tuple(
             attention.plan_mixed(
                 q_starts,
                 kv_lengths,
@@ -267,7 +266,7 @@ class CudaRunner:
         return Wanted(inputs.logit_tokens, tuple(plans))
 
     def _run_pieces(
-        self, pieces: Pieces, inputs: StepTensors, plans: tuple[PagedPlan, ...]
+        self, pieces: Pieces, inputs: StepTensors, plans: tuple[AttentionPlan, ...]
     ) -> torch.Tensor:
         tokens = inputs.token_ids.shape[0]
         static = pieces.inputs
@@ -275,11 +274,7 @@ class CudaRunner:
         static.positions[:tokens].copy_(inputs.positions)
         static.lines.fill_(-1)
         static.lines[:, :tokens].copy_(inputs.lines)
-        attends = [
-            partial(_attend, attention, plan)
-            for attention, plan in zip(self._attention, plans, strict=True)
-        ]
-        return pieces.run(tokens, attends)
+        return pieces.run(tokens, plans)
 
     def _capture_pieces(self, size: int) -> Pieces:
         device, groups = self._device.torch_device, len(self._attention)
@@ -398,16 +393,6 @@ class CudaRunner:
         tokens = self._comm.tokens_from_last_stage(len(slots))
         where = torch.tensor(slots, pin_memory=True).to(self._device.torch_device, non_blocking=True)
         self._inputs.last_tokens.index_copy_(0, where, tokens)
-
-
-def _attend(
-    attention: CudaAttention,
-    plan: PagedPlan,
-    queries: torch.Tensor,
-    cache: LayerCache,
-    out: torch.Tensor,
-) -> None:
-    attention.run(queries, cache, plan, out)
 
 
 def _feeds_on_sampled(item: Scheduled) -> bool:

@@ -1,11 +1,14 @@
 // Norm, rope with the KV write, SwiGLU, embedding: one read and one write of what they touch.
 
 // out = norm(residual [+ update]) * weight; residual is updated in place, and the norm is that of its rounded
-// value. One block a row; a thread holds CHUNKS packs of N elements in registers.
+// value. One block a row; a thread holds CHUNKS packs of N elements in registers. Rows lie `pitch` elements apart,
+// those of `out` (which may be the rows themselves) `out_pitch`.
 template <typename T, int N, int CHUNKS, bool ADD>
-__device__ __forceinline__ void norm(T* residual, const T* update, const T* weight, T* out, int width, float eps) {
+__device__ __forceinline__ void norm(T* residual, const T* update, const T* weight, T* out, int width, int pitch,
+                                     int out_pitch, float eps) {
   let_next_start();
-  const i64 row = static_cast<i64>(blockIdx.x) * width;
+  const i64 row = static_cast<i64>(blockIdx.x) * pitch;
+  out += static_cast<i64>(blockIdx.x) * out_pitch;
   float x[CHUNKS][N];
   float w[N];
   // Weights are nobody's output: with few registers to hold them they are read before the wait.
@@ -36,7 +39,7 @@ __device__ __forceinline__ void norm(T* residual, const T* update, const T* weig
       if (CHUNKS > 1) load<T, N>(weight + i, w);
 #pragma unroll
       for (int k = 0; k < N; ++k) x[c][k] = x[c][k] * scale * w[k];
-      store<T, N>(out + row + i, x[c]);
+      store<T, N>(out + i, x[c]);
     }
   }
 }
@@ -44,11 +47,11 @@ __device__ __forceinline__ void norm(T* residual, const T* update, const T* weig
 #define NORM(NAME, T, N, CHUNKS)                                                                          \
   extern "C" __global__ void __launch_bounds__(1024) add_norm_##NAME##_##N##_##CHUNKS(                    \
       T* residual, const T* update, const T* weight, T* out, int width, float eps) {                      \
-    norm<T, N, CHUNKS, true>(residual, update, weight, out, width, eps);                                  \
+    norm<T, N, CHUNKS, true>(residual, update, weight, out, width, width, width, eps);                    \
   }                                                                                                       \
   extern "C" __global__ void __launch_bounds__(1024) norm_##NAME##_##N##_##CHUNKS(                        \
-      T* x, const T* weight, T* out, int width, float eps) {                                              \
-    norm<T, N, CHUNKS, false>(x, nullptr, weight, out, width, eps);                                       \
+      T* x, const T* weight, T* out, int width, int pitch, int out_pitch, float eps) {                    \
+    norm<T, N, CHUNKS, false>(x, nullptr, weight, out, width, pitch, out_pitch, eps);                     \
   }
 NORM(bf16, bf16, 8, 1)
 NORM(bf16, bf16, 8, 2)
