@@ -71,6 +71,8 @@ class Segment(msgspec.Struct, frozen=True):
     """Whole, as on disk and in the parameter."""
     units: int = 1
     """Indivisible units along the cut; ``shape[cut.dim]`` is a multiple of it."""
+    repeats: int = 1
+    """The tensor is so many equal parts along the cut (gate, then up), of ``units`` each and cut alike."""
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -104,12 +106,13 @@ class ParameterSpec(msgspec.Struct, frozen=True):
     stack: int = 0
     """Above 0: the segments are those of this many equal parts, one after another (a layer's experts, each
     its gate and its up), and the parameter has a dimension for the parts before the others. Under
-    ``Topology.ep`` parts are placed over the group, each whole on one rank, and ``cut`` does not count."""
+    ``Topology.ep`` parts are placed over the group, each whole on one rank, and ``cut`` does not count.
+    A stack may be one checkpoint tensor too, which then has that dimension itself."""
 
     def local_shape(self, topology: Topology) -> tuple[int, ...]:
         """Return the shape that each rank of a group holds (the same on all)."""
         rows, *others = self.flat_shape(topology)
-        if not self.stack:
+        if not self.stack or self._is_one_tensor:
             return (rows, *others)
         parts = len(self.local_parts(topology, 0))
         return (parts, rows // parts, *others)
@@ -131,7 +134,14 @@ class ParameterSpec(msgspec.Struct, frozen=True):
         return range(tp_rank * size, (tp_rank + 1) * size)
 
     def flat_shape(self, topology: Topology) -> tuple[int, ...]:
-        """Return ``local_shape`` without the dimension of a stack: what the segments lie in, in dim 0."""
+        """Return what the segments lie in, in dim 0: ``local_shape`` without a dimension for the parts."""
+        if self._is_one_tensor:
+            (segment,), shape = self.segments, list(self.segments[0].shape)
+            shape[0] = len(self.local_parts(topology, 0))
+            if self.cut is not None and not self._is_placed(topology):
+                room = share(segment.units, topology.tp, 0, self.cut).room
+                shape[self.cut.dim] = room * self._unit_size(segment) * segment.repeats
+            return tuple(shape)
         assert len(self.segments) % (self.stack or 1) == 0, (self.name, self.stack)
         of_one = self.segments[: len(self.segments) // (self.stack or 1)]
         parts = len(self.local_parts(topology, 0)) if self.stack else 1
@@ -155,6 +165,8 @@ class ParameterSpec(msgspec.Struct, frozen=True):
         found = []
         row = 0
         cut, segments = self.cut, self.segments
+        if self._is_one_tensor:
+            return self._pieces_of_one(topology, tp_rank)
         if self._is_placed(topology):
             parts, each = self.local_parts(topology, tp_rank), len(segments) // self.stack
             cut, segments = None, segments[parts.start * each : parts.stop * each]
@@ -175,11 +187,36 @@ class ParameterSpec(msgspec.Struct, frozen=True):
                 row += shape[0]
         return tuple(found)
 
+    def _pieces_of_one(self, topology: Topology, tp_rank: int) -> tuple[Piece, ...]:
+        (segment,), cut = self.segments, self.cut
+        source, shape = segment.source, segment.shape
+        if cut is None or self._is_placed(topology):
+            parts = self.local_parts(topology, tp_rank)
+            return (Piece(source, shape, 0, parts.start, parts.stop, 0),)
+        held, size = share(segment.units, topology.tp, tp_rank, cut), self._unit_size(segment)
+        if held.end - held.start == segment.units:
+            return (Piece(source, shape, cut.dim, 0, shape[cut.dim], 0),)
+        return tuple(
+            Piece(
+                source,
+                shape,
+                cut.dim,
+                (repeat * segment.units + held.start) * size,
+                (repeat * segment.units + held.end) * size,
+                repeat * held.room * size,
+            )
+            for repeat in range(segment.repeats)
+        )
+
+    @property
+    def _is_one_tensor(self) -> bool:
+        return self.stack > 0 and len(self.segments) == 1 and len(self.segments[0].shape) == 3
+
     def _is_placed(self, topology: Topology) -> bool:
         return self.stack > 0 and topology.ep > 1
 
     def _unit_size(self, segment: Segment) -> int:
         assert self.cut is not None
-        extent = segment.shape[self.cut.dim]
-        assert extent % segment.units == 0, (self.name, segment)
-        return extent // segment.units
+        extent, count = segment.shape[self.cut.dim], segment.units * segment.repeats
+        assert extent % count == 0, (self.name, segment)
+        return extent // count

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from models import deepseek, llama, qwen3, qwen3_moe
+from models import deepseek, llama, llama4, qwen3, qwen3_moe
 from models.spec import ModelSpec
 from protocol.errors import ModelFormatError, StorageError, UnsupportedModelError
 
@@ -16,7 +16,9 @@ KV_DTYPES = ("auto", "bfloat16", "float8")
 """What keys and values may be stored in; ``auto`` is the dtype that is computed in."""
 
 _ARCHITECTURES: dict[str, Callable[[dict[str, Any], str], ModelSpec]] = {
-    name: module.spec for module in (llama, deepseek, qwen3, qwen3_moe) for name in module.ARCHITECTURES
+    name: module.spec
+    for module in (llama, deepseek, qwen3, qwen3_moe, llama4)
+    for name in module.ARCHITECTURES
 }
 
 

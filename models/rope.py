@@ -56,10 +56,10 @@ def _scaling(rope: dict[str, Any]) -> RopeScaling | None:
         )
     numbers = {name: _number(name, rope[name]) for name in names}
     if min(numbers.values()) <= 0 or (
-        kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]
+        kind == "llama3" and numbers["low_freq_factor"] > numbers["high_freq_factor"]
     ):
         raise ModelFormatError(
-            f"config.json: rope {numbers} must be positive, low below high", field="rope_scaling"
+            f"config.json: rope {numbers} must be positive, low not above high", field="rope_scaling"
         )
     if kind == "linear":
         return RopeScaling(kind, numbers["factor"])

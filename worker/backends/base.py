@@ -45,9 +45,10 @@ class ExpertWeights:
     """[experts], float32: corrects the scores for the choice; None: nothing does."""
     gate_up: torch.Tensor
     """[local experts, 2 * width, hidden], each expert's gate first and then up; width: this rank's part of
-    an expert's inner features."""
+    an expert's inner features. May be a view of what lies in memory as [local experts, hidden, 2 * width],
+    which its strides then say."""
     down: torch.Tensor
-    """[local experts, hidden, width]."""
+    """[local experts, hidden, width]; or a view likewise."""
     first: int = 0
     """Id of the first local expert; the others follow it. Where experts are cut, all are local."""
 
@@ -175,10 +176,21 @@ class Backend(Protocol):
         ``rotation`` is [tokens, 3, key_dim / 2]: cos, -sin, sin. ``qkv`` may be changed.
         """
 
+    def rotate_neighbours(self, x: torch.Tensor, rotation: torch.Tensor) -> None:
+        """Rotate x in place, features (0, 1), (2, 3), … of each head against each other.
+
+        ``x`` [tokens, heads * dim] may be some columns of a wider matrix; ``rotation`` is
+        [tokens, 3, dim / 2]: cos, -sin, sin.
+        """
+
+    def store(self, qkv: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
+        """Write k and v of [q | k | v] to their cache lines as they are; return what to attend with."""
+
     def attend(self, rotated: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
         """Return causal attention of each row over its context: [tokens, heads * value_dim].
 
-        Scores are scaled by 1 / sqrt(key_dim). ``rotated``: from ``rope_and_store`` of the same tokens.
+        Scores are scaled by 1 / sqrt(key_dim). ``rotated``: from ``rope_and_store`` or ``store`` of the
+        same tokens. A token sees all before it, or of these its chunk, as the cache's KV group says.
         """
 
     def latent_attention(self, heads: LatentHeads, cache: LayerCache) -> LatentAttention:

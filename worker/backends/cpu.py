@@ -18,7 +18,7 @@ from models.moe import Routing
 from worker.backends import cpu_divided
 from worker.backends.base import ExpertWeights, LatentHeads
 from worker.backends.cpu_attention import PagedAttentionPlan, attend, plan_attention, store
-from worker.backends.cpu_latent import CpuLatentAttention
+from worker.backends.cpu_latent import CpuLatentAttention, rotate_pairs
 from worker.backends.cpu_moe import CpuExperts
 from worker.comm import Communicator
 from worker.context import AttentionPlan, RowSpan
@@ -134,13 +134,20 @@ class CpuBackend:
         self, qkv: torch.Tensor, rotation: torch.Tensor, cache: LayerCache, plan: AttentionPlan
     ) -> torch.Tensor:
         """See ``Backend.rope_and_store``."""
-        stored = cache.heads * (cache.key_dim + cache.value_dim)
         queries_keys = qkv[:, : qkv.shape[1] - cache.heads * cache.value_dim]
         # The two halves of a head rotate against each other: [tokens, heads, 2, key_dim / 2].
         halves = queries_keys.view(qkv.shape[0], -1, 2, cache.key_dim // 2)
         crossed = halves.flip(2)
         halves.mul_(rotation[:, None, :1]).addcmul_(crossed, rotation[:, None, 1:])
-        lines = qkv[:, -stored:]
+        return self.store(qkv, cache, plan)
+
+    def rotate_neighbours(self, x: torch.Tensor, rotation: torch.Tensor) -> None:
+        """See ``Backend.rotate_neighbours``."""
+        rotate_pairs(x.view(x.shape[0], -1, 2 * rotation.shape[2]), rotation)
+
+    def store(self, qkv: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
+        """See ``Backend.store``."""
+        lines = qkv[:, -cache.heads * (cache.key_dim + cache.value_dim) :]
         if isinstance(plan, cpu_divided.DividedPlan):
             cpu_divided.store(lines, cache, plan)
         else:

@@ -45,8 +45,8 @@ class CpuLatentAttention:
         self, queries: torch.Tensor, lines: torch.Tensor, rotation: torch.Tensor, plan: AttentionPlan
     ) -> None:
         """See ``LatentAttention.rope_and_store``."""
-        _rotate_pairs(queries[..., self._heads.nope_dim :], rotation)
-        _rotate_pairs(lines[:, None, self._latent :], rotation)
+        rotate_pairs(queries[..., self._heads.nope_dim :], rotation)
+        rotate_pairs(lines[:, None, self._latent :], rotation)
         if isinstance(plan, cpu_divided.DividedPlan):
             cpu_divided.store(lines, self._cache, plan)
             return
@@ -147,7 +147,7 @@ def _lines(lines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return lines[None], lines[None]
 
 
-def _rotate_pairs(x: torch.Tensor, rotation: torch.Tensor) -> None:
+def rotate_pairs(x: torch.Tensor, rotation: torch.Tensor) -> None:
     """Rotate features (0, 1), (2, 3), … of x [tokens, heads, dim] in place."""
     pairs = x.view(*x.shape[:-1], -1, 2)
     crossed = pairs.flip(-1)

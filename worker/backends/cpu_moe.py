@@ -17,7 +17,10 @@ _LEAST = 1e-20
 def route(logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None) -> Routed:
     """Return what tokens choose by their logits, float32 [tokens, experts]; see ``Routing``."""
     scores = logits.softmax(-1) if routing.scores == "softmax" else logits.sigmoid()
+    # A higher logit is a higher score, and does not saturate: many experts' sigmoids may be 1.
     corrected = scores if bias is None else scores + bias
+    if bias is None and routing.groups == 1:
+        corrected = logits
     if routing.top_groups < routing.groups:
         grouped = corrected.view(-1, routing.groups, routing.experts // routing.groups)
         best = grouped.topk(2, -1).values.sum(-1).topk(routing.top_groups, -1).indices

@@ -17,7 +17,8 @@ class MoE:
     features) or placed over it (``Topology.ep``: each rank holds some experts whole, and its part of the
     sum is theirs). The router is whole on every rank. Parameters under ``prefix``: ``router``
     [experts, hidden], ``router_bias`` [experts] if the routing has one, ``experts_gate_up``
-    [local experts, 2 * width, hidden] and ``experts_down`` [local experts, hidden, width].
+    [local experts, 2 * width, hidden] and ``experts_down`` [local experts, hidden, width]; with
+    ``inputs_first`` [local experts, hidden, 2 * width] and [local experts, width, hidden].
 
     An expert that all tokens share is a dense block beside the others: state its parameters as any
     block's (``shared_gate_up``, ``shared_down``, cut over the group) and give
@@ -26,9 +27,18 @@ class MoE:
     it too where its inner features are no more than those of a token's ``top_k`` experts.
     """
 
-    def __init__(self, parts: Parts, prefix: str, routing: Routing, shared: SwiGLU | None = None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        prefix: str,
+        routing: Routing,
+        shared: SwiGLU | None = None,
+        *,
+        inputs_first: bool = False,
+    ) -> None:
         """Errors: ``UnsupportedModelError`` where the backend cannot run such experts."""
         weights, comm = parts.weights, parts.comm
+        gate_up, down = weights[f"{prefix}experts_gate_up"], weights[f"{prefix}experts_down"]
         local = weights.local_parts(f"{prefix}experts_gate_up")
         self._routing, self._topology = routing, comm.topology
         self._shared = shared
@@ -36,8 +46,8 @@ class MoE:
             ExpertWeights(
                 router=weights[f"{prefix}router"],
                 bias=weights[f"{prefix}router_bias"] if routing.has_bias else None,
-                gate_up=weights[f"{prefix}experts_gate_up"],
-                down=weights[f"{prefix}experts_down"],
+                gate_up=gate_up.mT if inputs_first else gate_up,
+                down=down.mT if inputs_first else down,
                 first=local.start,
             ),
             routing,

@@ -24,10 +24,10 @@ def inverse_frequencies(theta: float, dim: int, scaling: RopeScaling | Yarn | No
         return stretched * ramp + frequencies * (1 - ramp)
     if scaling.kind == "linear":
         return stretched
-    # Short waves stay, long ones are stretched, those between are blended.
+    # Short waves stay, long ones are stretched, those between are blended (none, where low is high).
     waves = 2 * math.pi / frequencies
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    blend = (scaling.original_max_position_embeddings / waves - low) / (high - low)
+    blend = (scaling.original_max_position_embeddings / waves - low) / max(high - low, 1e-9)
     blended = (1 - blend) * stretched + blend * frequencies
     found = torch.where(blend < 0, stretched, blended)
     return torch.where(blend > 1, frequencies, found)

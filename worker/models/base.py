@@ -10,6 +10,7 @@ from worker.context import StepContext
 from worker.layers.parts import Parts
 from worker.models.deepseek import deepseek
 from worker.models.llama import llama
+from worker.models.llama4 import llama4
 from worker.models.qwen3 import qwen3
 from worker.models.qwen3_moe import qwen3_moe
 
@@ -30,7 +31,13 @@ class StageModel(Protocol):
         """Return float32 [rows, local vocabulary] of [rows, hidden]. Last stage only."""
 
 
-_ARCHITECTURES = {"deepseek": deepseek, "llama": llama, "qwen3": qwen3, "qwen3_moe": qwen3_moe}
+_ARCHITECTURES = {
+    "deepseek": deepseek,
+    "llama": llama,
+    "llama4": llama4,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+}
 
 
 def build(
@@ -50,6 +57,6 @@ def build(
     for group in model.kv_groups:
         if group.kind == "sliding":
             raise UnsupportedModelError(
-                f"KV group {group.name!r} is {group.kind}: only full and latent attention are served"
+                f"KV group {group.name!r} is {group.kind}: full, chunked and latent attention are served"
             )
     return architecture(parts, model, layers, context, is_first=is_first, is_last=is_last)

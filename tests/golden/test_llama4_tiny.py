@@ -1,0 +1,194 @@
+"""Tiny random Llama 4 models over layouts, held against transformers on the same files.
+
+Chunks of 8 or 10 positions end inside prompts, inside steps and inside blocks of 4 tokens; every fourth or
+second layer sees all positions. 22 inner features of an expert divide by 2 alone.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from transformers.models.llama4.configuration_llama4 import Llama4Config, Llama4TextConfig
+from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM, Llama4ForConditionalGeneration
+
+from loader.index import read_index
+from protocol.sampling import SamplingParams
+from protocol.topology import Topology
+from tests.golden.harness import Driver, Job, run_ranks_as_threads
+from tests.server import served
+from tests.unit.text_models import byte_level
+
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (2, 2)]
+LONG_LAYOUTS = [(8, 1), (1, 2), (4, 2), (1, 3), (2, 3)]
+PROMPT_LENGTHS = (1, 7, 8, 16, 21, 45)
+NEW_TOKENS = 10
+TOLERANCE = 1e-4
+
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 16,
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    # Scout's: every layer has experts, three of four are chunked.
+    "scout": {"rope_parameters": LLAMA3},
+    # Maverick's: every second layer is dense, no norm of queries and keys.
+    "maverick": {"interleave_moe_layer_step": 2, "use_qk_norm": False, "num_experts_per_tok": 1},
+    "two experts": {
+        "num_experts_per_tok": 2,
+        "no_rope_layers": [1, 0, 1, 0, 1],
+        "attention_chunk_size": 10,
+    },
+    "all chunked": {"no_rope_layers": [1] * 5, "moe_layers": [4], "num_hidden_layers": 5},
+    "all global": {"layer_types": ["full_attention"] * 5, "attn_temperature_tuning": False},
+    "conditional": {"rope_parameters": LLAMA3},
+}
+
+Answer = tuple[list[int], torch.Tensor]
+"""Known tokens, prompt and greedy ones, and the log-probabilities after each, [tokens, vocabulary]."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("llama4")
+
+
+def text_config(changes: dict[str, Any]) -> Llama4TextConfig:
+    sizes: dict[str, Any] = {
+        "vocab_size": 257,
+        "hidden_size": 48,
+        "intermediate_size": 22,
+        "intermediate_size_mlp": 36,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 12,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "max_position_embeddings": 256,
+        "attention_chunk_size": 8,
+        # Low enough that prompts of this length are scaled.
+        "floor_scale": 6,
+        "attn_scale": 0.3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "attn_implementation": "eager",
+    }
+    return Llama4TextConfig(**(sizes | changes))
+
+
+@lru_cache
+def tiny(root: Path, variant: str) -> tuple[Path, list[Answer]]:
+    """Return a model directory and greedy answers."""
+    directory = root / variant.replace(" ", "-")
+    torch.manual_seed(len(variant))
+    config = text_config(CHANGES[variant])
+    model: PreTrainedModel
+    if variant == "conditional":
+        vision = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "image_size": 28}
+        vision |= {"intermediate_size": 64, "projector_input_dim": 16, "projector_output_dim": 16}
+        vision |= {"vision_output_dim": 16, "patch_size": 14}
+        model = Llama4ForConditionalGeneration(
+            Llama4Config(text_config=config.to_dict(), vision_config=vision, attn_implementation="eager")
+        )
+    else:
+        model = Llama4ForCausalLM(config)
+    model.eval()
+    for name, tensor in model.named_parameters():
+        if "norm" in name:
+            tensor.data.add_(torch.randn(tensor.shape), alpha=0.2)
+        elif "experts." in name or "router" in name:
+            torch.nn.init.normal_(tensor.data, std=0.2)
+    model.save_pretrained(directory)
+    generator = torch.Generator().manual_seed(7)
+    answers = []
+    with torch.inference_mode():
+        for length in PROMPT_LENGTHS:
+            known = torch.randint(257, (length,), generator=generator).tolist()
+            for _ in range(NEW_TOKENS):
+                scores = model(input_ids=torch.tensor([known]), use_cache=False).logits[0].log_softmax(-1)
+                known.append(int(scores[-1].argmax()))
+            answers.append((known, scores))
+    return directory, answers
+
+
+def check_layout(root: Path, variant: str, tp: int, pp: int, ep: int = 1) -> None:
+    """Hold the likeliest tokens of every position, and every greedy token, against the reference."""
+    directory, answers = tiny(root, variant)
+    sampling = SamplingParams(temperature=0.0, seed=0, logprobs=8, prompt_logprobs=8)
+    with run_ranks_as_threads(directory, Topology(tp, pp, ep), num_blocks=512) as instance:
+        for chunk, depth in ((64, 1), (7, pp + 1), (1, 1)):
+            jobs = [
+                Job(known[:-NEW_TOKENS], NEW_TOKENS, sampling, start_step=i % 3)
+                for i, (known, _) in enumerate(answers)
+            ]
+            Driver(instance, chunk=chunk, depth=depth).run(jobs)
+            for job, (known, scores) in zip(jobs, answers, strict=True):
+                assert job.prompt_ids + job.output_ids == known
+                found = [job.prompt_scores[p] for p in range(1, len(job.prompt_ids))] + job.logprobs
+                for own, token, expected in zip(found, known[1:], scores, strict=True):
+                    ids = [token, *own.top_ids]
+                    assert [own.logprob, *own.top_logprobs] == pytest.approx(
+                        expected[ids].tolist(), rel=TOLERANCE, abs=TOLERANCE
+                    )
+
+
+@pytest.mark.parametrize("variant", ["scout", "conditional"])
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_layout_matches_transformers(root: Path, variant: str, tp: int, pp: int) -> None:
+    check_layout(root, variant, tp, pp)
+
+
+@pytest.mark.parametrize("variant", ["maverick", "two experts", "all chunked", "all global"])
+def test_variant_matches_transformers(root: Path, variant: str) -> None:
+    check_layout(root, variant, 2, 1)
+
+
+@pytest.mark.parametrize("variant", ["scout", "two experts"])
+def test_placed_experts_match_transformers(root: Path, variant: str) -> None:
+    check_layout(root, variant, 2, 2, ep=2)
+
+
+def test_vision_tensors_are_there_and_skipped(root: Path) -> None:
+    names = read_index(tiny(root, "conditional")[0]).tensors
+    assert "language_model.model.layers.0.feed_forward.experts.gate_up_proj" in names
+    assert any(name.startswith("vision_model.") for name in names)
+    assert "multi_modal_projector.linear_1.weight" in names
+
+
+def test_processes_answer_as_transformers(root: Path) -> None:
+    """Every prompt twice: the second time over a prefix whose last chunk alone the local layers need."""
+    directory, answers = tiny(root, "conditional")
+    byte_level().save(str(directory / "tokenizer.json"))
+    with (
+        served(directory, "--tp", "2", "--memory", "2", name="llama4") as server,
+        server.client() as client,
+    ):
+        for known, scores in [*answers, *answers]:
+            result = client.generate(
+                prompt_ids=known[:-NEW_TOKENS],
+                temperature=0.0,
+                max_tokens=NEW_TOKENS,
+                ignore_eos=True,
+                logprobs=0,
+            )
+            assert result.token_ids == known[-NEW_TOKENS:]
+            assert result.logprobs is not None
+            found = [scored.logprob for scored in result.logprobs]
+            expected = scores[-NEW_TOKENS:].max(-1).values.tolist()
+            assert found == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("variant", CHANGES)
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS + LONG_LAYOUTS)
+def test_every_layout_matches_transformers(root: Path, variant: str, tp: int, pp: int) -> None:
+    check_layout(root, variant, tp, pp)
