@@ -15,6 +15,7 @@ from models.deepseek_config import DeepseekConfig
 from models.memory import StepLimits, expanded_tokens
 from models.spec import KVGroup, ModelSpec
 from protocol.control import Boot
+from protocol.errors import UnsupportedModelError
 from protocol.topology import Topology
 from worker.assemble import RankLimits
 from worker.backends.base import LatentAttention, LatentHeads
@@ -75,6 +76,11 @@ def _attention_of(
     """Return the attention of a KV group on one rank."""
     heads, max_blocks = spec.heads // topology.tp, -(-boot.context // boot.block_tokens)
     dtype, is_float8 = getattr(torch, spec.dtype), group.dtype == "float8"
+    if group.is_local:
+        raise UnsupportedModelError(
+            f"KV group {group.name!r} is {group.kind} ({group.window} tokens), and attention on a GPU sees "
+            "all positions: serve this model with --device cpu"
+        )
     if group.kind == "latent":
         config = spec.config
         assert isinstance(config, DeepseekConfig), spec.architecture

@@ -131,15 +131,15 @@ class CudaBackend:
     def rotate_neighbours(self, x: torch.Tensor, rotation: torch.Tensor) -> None:
         """See ``Backend.rotate_neighbours``."""
         raise UnsupportedModelError(
-            f"{x.shape[1]} features were to rotate in {rotation.shape[2]} neighbouring pairs a head on a GPU, "
-            "whose kernel rotates the halves of heads: serve this model with --device cpu"
+            f"{x.shape[1]} features were to rotate in {rotation.shape[2]} neighbouring pairs a head on a "
+            "GPU, whose kernel rotates the halves of heads: serve this model with --device cpu"
         )
 
     def store(self, qkv: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:  # noqa: ARG002
         """See ``Backend.store``."""
         raise UnsupportedModelError(
-            f"keys of {cache.heads} heads were to be stored without rope on a GPU, whose kernel rotates what "
-            "it stores: serve this model with --device cpu"
+            f"keys of {cache.heads} heads were to be stored without rope on a GPU, whose kernel rotates "
+            "what it stores: serve this model with --device cpu"
         )
 
     def attend(self, rotated: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
