@@ -25,7 +25,7 @@ from worker.backends.cuda.comm_nccl import NCCL_FROM_BYTES
 from worker.backends.cuda.compiler import KernelCache
 from worker.backends.cuda.launch import Kernels
 
-SIZES = (8 << 10, 64 << 10, 256 << 10, 1 << 20, 8 << 20)
+SIZES = (8 << 10, 64 << 10, 256 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20, 16 << 20, 32 << 20, 64 << 20)
 HIDDEN = 4096
 EPS = 1e-5
 MEASURED_NCCL_US = {8 << 10: 11.6, 64 << 10: 12.2, 256 << 10: 13.6, 1 << 20: 18.8, 8 << 20: 51.0}
