@@ -92,7 +92,13 @@ def run_ranks_as_threads(
     for rank in range(topology.world_size):
         load(plan, rank, views, threads=1)
     limits = RankLimits(
-        max_rows, step_tokens, logit_rows, min(context, spec.max_context), num_blocks, block_tokens, 1 << 34
+        max_rows,
+        step_tokens,
+        logit_rows,
+        min(context, spec.max_context),
+        num_blocks,
+        topology.whole_block(block_tokens),
+        1 << 34,
     )
     results: queue.Queue[StepResult | BaseException] = queue.Queue()
     plans: list[queue.Queue[StepPlan | None]] = [queue.Queue() for _ in range(topology.world_size)]

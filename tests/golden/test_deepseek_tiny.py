@@ -143,11 +143,13 @@ def as_published(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def check_layout(root: Path, variant: str, tp: int, pp: int, kv_groups: int = 1, ep: int = 1) -> None:
+def check_layout(
+    root: Path, variant: str, tp: int, pp: int, kv_groups: int = 1, ep: int = 1, dcp: int = 1
+) -> None:
     """Hold the likeliest tokens of every position, and every greedy token, against the reference."""
     directory, answers = tiny(root, variant)
     sampling = SamplingParams(temperature=0.0, seed=0, logprobs=8, prompt_logprobs=8)
-    with run_ranks_as_threads(directory, Topology(tp, pp, ep), kv_groups=kv_groups) as instance:
+    with run_ranks_as_threads(directory, Topology(tp, pp, ep, dcp), kv_groups=kv_groups) as instance:
         for chunk, depth in ((64, 1), (7, pp + 1)):
             jobs = [
                 Job(known[:-NEW_TOKENS], NEW_TOKENS, sampling, start_step=i % 3)

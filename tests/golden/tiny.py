@@ -51,9 +51,9 @@ def check(jobs: list[Job], reference: Reference) -> None:
         assert [one.token_id for one in job.logprobs] == token_ids
 
 
-def run_layout(directory: Path, reference: Reference, tp: int, pp: int, ep: int = 1) -> None:
+def run_layout(directory: Path, reference: Reference, tp: int, pp: int, ep: int = 1, dcp: int = 1) -> None:
     """Hold one layout to the reference: prompts whole, then in chunks of 7 with several steps in flight."""
-    with run_ranks_as_threads(directory, Topology(tp, pp, ep)) as instance:
+    with run_ranks_as_threads(directory, Topology(tp, pp, ep, dcp)) as instance:
         for chunk, depth in ((64, 1), (7, pp + 1)):
             jobs = jobs_of(reference)
             Driver(instance, chunk=chunk, depth=depth).run(jobs)
