@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from worker.backends.base import Int4Weight
-from worker.backends.cuda.grouped_table import PLAIN_COLUMNS, choose
+from worker.backends.cuda.grouped_table import PLAIN_COLUMNS, Variant, choose
 from worker.backends.cuda.launch import Kernel, Kernels
 
 _FILE = "grouped"
@@ -42,13 +42,22 @@ class Grouped:
         self._known: dict[str, Kernel] = {}
 
     def __call__(
-        self, x: torch.Tensor, weight: Weight, slots: Slots, *, gathers: bool, gated: bool, few: bool
+        self,
+        x: torch.Tensor,
+        weight: Weight,
+        slots: Slots,
+        *,
+        gathers: bool,
+        gated: bool,
+        few: bool,
+        variant: Variant | None = None,
     ) -> torch.Tensor:
         """Return [slots, outputs] of x [rows, k]; slots that nobody fills are left as they are.
 
         ``gathers``: a slot's input is ``slots.rows`` of x; else it is the row of its own number. ``gated``:
         weight is [gate | up] and silu(gate) · up, half as many outputs, comes back (not in float32).
-        ``few``: there are so few slots that blocks must be small to be enough.
+        ``few``: there are so few slots that blocks must be small to be enough. ``variant``: the
+        kernel; None: what is chosen.
         """
         words, scales = (
             (weight.words, weight.scales) if isinstance(weight, Int4Weight) else (weight, weight)
@@ -62,7 +71,7 @@ class Grouped:
             assert slots.columns == PLAIN_COLUMNS, slots.columns
             name, threads, made, shared_bytes = _plain(weight), _PLAIN_THREADS, _PLAIN_OUTPUTS, 0
         else:
-            variant = choose(k, slots.columns, few=few, is_int4=isinstance(weight, Int4Weight))
+            variant = variant or choose(k, slots.columns, few=few, is_int4=isinstance(weight, Int4Weight))
             name, threads = variant.name(gated=gated), variant.threads
             made, shared_bytes = variant.outputs(gated=gated), variant.shared_bytes
         kernel = self._known.get(name)

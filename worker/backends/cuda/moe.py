@@ -111,14 +111,17 @@ class CudaExperts:
         )
         return out
 
-    def sort(self, routed: Routed, *, is_plain: bool, rows_are_choices: bool) -> Slots:
+    def sort(
+        self, routed: Routed, *, is_plain: bool, rows_are_choices: bool, columns: int | None = None
+    ) -> Slots:
         """Return the choices of local experts sorted by expert.
 
         ``is_plain``: for the float32 kernels. ``rows_are_choices``: a slot's input is its choice's row, not
-        its token's.
+        its token's. ``columns``: the tiles' width; None: what suits so many choices.
         """
         choices = routed.experts.numel()
-        columns = PLAIN_COLUMNS if is_plain else columns_for(choices, self._routing.experts)
+        if columns is None:
+            columns = PLAIN_COLUMNS if is_plain else columns_for(choices, self._routing.experts)
         num_tiles = most_tiles(choices, self._num_local, columns)
         # One allocation: tiles first, which must lie at a multiple of 16 bytes.
         sizes = [4 * num_tiles, 1, choices, choices, self._num_local + 1]
