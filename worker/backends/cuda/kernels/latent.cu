@@ -458,7 +458,8 @@ __device__ void merge_splits(Rows rows, const float* partial, T* out, float* lse
 }
 
 // Rotate neighbours in place: the last `rope` features of the heads' queries and of the token's line, which goes to
-// its cache slot then; a slot below 0 is nobody's. rotation: [tokens, 3, rope / 2]: cos, -sin, sin.
+// its cache slot then; a slot below 0 is nobody's. Where the cache is in e4m3, the line is rounded in place to what
+// the cache holds of it. rotation: [tokens, 3, rope / 2]: cos, -sin, sin.
 // Grid: (tokens, 1 + pieces of a token's queries); the blocks at y = 0 have the lines, `pitch` elements apart.
 struct Turn {
   float cosine, sine;
@@ -473,11 +474,10 @@ struct Turn {
   }
 };
 
-template <typename T, typename C> __device__ __forceinline__ void put(C* to, T x, float) { *to = x; }
-template <typename T> __device__ __forceinline__ void put(e4m3* to, T x, float inverse) {
+__device__ __forceinline__ e4m3 encoded(float x) {
   unsigned short pair;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(to_float(x) * inverse));
-  to->bits = static_cast<unsigned char>(pair);
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
+  return e4m3{static_cast<unsigned char>(pair)};
 }
 
 __device__ __forceinline__ float block_max(float x) {
@@ -513,10 +513,7 @@ __device__ void rope_store(T* queries, T* lines, const T* rotation, const i64* s
     Turn(rotation, token, rope, pair).apply(line + latent + pair * 2);
   __syncthreads();
   const i64 slot = slots[token];
-  if (slot < 0) return;
   const int width = latent + rope;
-  float inverse = 1.0f;
-  C* to = cache + slot * width;
   if constexpr (IS_E4M3) {
     float largest = 0.0f;
     for (int i = threadIdx.x; i < width; i += THREADS) largest = fmaxf(largest, fabsf(to_float(line[i])));
@@ -525,12 +522,18 @@ __device__ void rope_store(T* queries, T* lines, const T* rotation, const i64* s
     // of 448 = 1.75 * 2^8 carries into the exponent.
     const int exponent = static_cast<int>((__float_as_uint(largest) + 0x1fffff) >> 23) - 8;
     const u32 scale = max(1, min(247, exponent));
-    inverse = scale_of(254 - scale);
+    const float factor = scale_of(scale), inverse = scale_of(254 - scale);
     C* page = cache + slot / block_tokens * page_bytes(block_tokens, width);
-    to = page + block_tokens + slot % block_tokens * width;
-    if (threadIdx.x == 0) page[slot % block_tokens].bits = static_cast<unsigned char>(scale);
+    C* to = page + block_tokens + slot % block_tokens * width;
+    if (slot >= 0 && threadIdx.x == 0) page[slot % block_tokens].bits = static_cast<unsigned char>(scale);
+    for (int i = threadIdx.x; i < width; i += THREADS) {
+      const C code = encoded(to_float(line[i]) * inverse);
+      if (slot >= 0) to[i] = code;
+      line[i] = from_float<T>(element(&code, 0, factor));
+    }
+  } else if (slot >= 0) {
+    for (int i = threadIdx.x; i < width; i += THREADS) cache[slot * width + i] = line[i];
   }
-  for (int i = threadIdx.x; i < width; i += THREADS) put(to + i, line[i], inverse);
 }
 
 // Lines of cached tokens as the expanded form wants them: token i of the grid's x is token firsts[row] + i -
