@@ -195,7 +195,7 @@ class ParameterSpec(msgspec.Struct, frozen=True):
             return (Piece(source, shape, 0, parts.start, parts.stop, 0),)
         held, size = share(segment.units, topology.tp, tp_rank, cut), self._unit_size(segment)
         if held.end - held.start == segment.units:
-            return (Piece(source, shape, cut.dim, 0, shape[cut.dim], 0),)
+            return (Piece(source, shape, 0, 0, shape[0], 0),)
         return tuple(
             Piece(
                 source,

@@ -35,7 +35,7 @@ def subject(name: str, directory: Path | None, dtype: str, kv_dtype: str) -> Sub
     if directory is None:
         known = known_model(name)
         spec = build_spec(known.config, f"{known.source}: config.json", dtype, kv_dtype)
-        return Subject(name, spec, known.tensor_bytes)
+        return Subject(name, spec, known.tensor_bytes - known.skipped_bytes)
     spec = load_spec(directory, dtype, kv_dtype)
     checkpoint = read_index(directory)
     check_against(spec, checkpoint)

@@ -25,6 +25,8 @@ class KnownModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of the checkpoint's tensors, headers left out."""
     config: dict[str, Any]
     """Its ``config.json``."""
+    skipped_bytes: int = 0
+    """Of those tensors, what is known and not read (a vision tower)."""
 
 
 def known_names() -> list[str]:

@@ -466,3 +466,49 @@ def test_experts_lie_one_after_another(tmp_path: Path, tp: int, ep: int) -> None
             expected = tensors[name(e, "down")][:, features].bfloat16()
             assert torch.equal(found_down[local, :, :own], expected)
             assert not found_down[local, :, own:].any()
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (4, 4)])
+def test_a_stack_that_is_one_tensor_keeps_its_order(tmp_path: Path, tp: int, ep: int) -> None:
+    """[experts, in, gate | up] and [experts, inner, out]: nothing is transposed."""
+    experts, inner, hidden = 4, 10, 6
+
+    def stack(name: str, shape: tuple[int, ...], dim: int, repeats: int) -> ParameterSpec:
+        cut = Cut(dim=dim, unit="inner feature", pad=True)
+        segment = Segment(name, shape, inner, repeats)
+        return ParameterSpec(name, (segment,), "float32", layer=0, cut=cut, stack=experts)
+
+    gate_up = stack("gate_up", (experts, hidden, 2 * inner), 2, 2)
+    down = stack("down", (experts, inner, hidden), 1, 1)
+    model = msgspec.structs.replace(
+        spec(make_config(4, 4, 2, 3, 1, 5, True), "float32"), parameters=(gate_up, down)
+    )
+    write_checkpoint(tmp_path, model, ["float32", "bfloat16"], 2, 0)
+    topology = Topology(tp=tp, ep=ep)
+    plan = plan_load(model, read_index(tmp_path), topology, (range(1),))
+    check_reads(plan, model, tmp_path)
+    if tp == 1 or ep > 1:
+        # Whole experts: one run of bytes each rank, no piece of which is taken apart.
+        assert all(len({p.tensor for p in r.placements}) == len(r.placements) for r in plan.reads[0])
+    tensors: dict[str, torch.Tensor] = {}
+    for file in tmp_path.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            tensors |= {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
+    width, count = (inner if ep > 1 else -(-inner // tp)), experts // ep
+    for rank, held in enumerate(run_all(plan)):
+        placed = {p.spec.name: p.offset for p in arena(model, topology, (range(1),), rank).placed}
+        mine = slice(rank * count, (rank + 1) * count) if ep > 1 else slice(0, experts)
+        start = 0 if ep > 1 else min(rank * width, inner)
+        features = slice(start, min(start + width, inner))
+        own = features.stop - start
+        found = {
+            name: torch.frombuffer(held, dtype=torch.float32, count=count * n, offset=placed[name])
+            for name, n in (("gate_up", 2 * width * hidden), ("down", width * hidden))
+        }
+        both = found["gate_up"].view(count, hidden, 2, width)
+        expected = tensors["gate_up"][mine].view(count, hidden, 2, inner)[..., features]
+        assert torch.equal(both[..., :own], expected)
+        assert not both[..., own:].any()
+        rows = found["down"].view(count, width, hidden)
+        assert torch.equal(rows[:, :own], tensors["down"][mine][:, features])
+        assert not rows[:, own:].any()
