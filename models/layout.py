@@ -6,6 +6,7 @@ known exactly before anything is allocated.
 
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate
 
 import msgspec
 
@@ -150,16 +151,14 @@ def cut_stages(model: ModelSpec, topology: Topology, budget_bytes: int) -> tuple
     pp, count = topology.pp, model.num_layers
     if pp == 1:
         return (range(count),)
-    weights = _StageBytes(model, topology)
+    weights, kv = _StageBytes(model, topology), _StageKV(model, topology)
 
     @cache
     def tokens(layers: range) -> float:
-        # A block has room for the layers of any group: where the stage has more of one, others are padded.
-        per_token = block_bytes(model, topology, layers, topology.dcp)
         # A stage over budget still has to compare: less over is better.
-        return (budget_bytes - weights[layers]) / max(per_token, 1)
+        return (budget_bytes - weights[layers]) / max(kv[layers], 1)
 
-    best = _partition(count, pp, lambda layers: tokens(layers))
+    best = _partition(count, pp, tokens)
     floor = min(tokens(stage) for stage in best)
     floor -= 0.02 * abs(floor)
     return _partition(
@@ -194,6 +193,25 @@ class _StageBytes:
         if layers.stop == self._count:
             size += self._ends["last"]
         return size
+
+
+class _StageKV:
+    """``block_bytes`` of the least block of any range in constant time.
+
+    A block has room for the layers of any group: where a stage has more of one, the others are padded.
+    """
+
+    def __init__(self, model: ModelSpec, topology: Topology) -> None:
+        (layer, *_) = model.kv_groups[0].layers
+        # All groups keep the same of a token in a layer.
+        self._layer_bytes = block_bytes(model, topology, range(layer, layer + 1), topology.dcp)
+        self._counts = []
+        for group in model.kv_groups:
+            here = set(group.layers)
+            self._counts.append([0, *accumulate(layer in here for layer in range(model.num_layers))])
+
+    def __getitem__(self, layers: range) -> int:
+        return self._layer_bytes * max(sums[layers.stop] - sums[layers.start] for sums in self._counts)
 
 
 def _partition(count: int, parts: int, value: Callable[[range], float]) -> tuple[range, ...]:

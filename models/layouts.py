@@ -302,24 +302,30 @@ def _ranked(found: tuple[Layout, ...], prefer: Prefer) -> tuple[tuple[Layout, ..
             f"nothing fits: {nearest.name} is nearest, holds {nearest.kv_tokens:,} tokens and lacks "
             f"{lacks}; take more or larger GPUs" + (", or a smaller --context" if nearest.kv_tokens else "")
         )
+    costs = {layout.name: _cost(layout, prefer) for layout in found}
+    for layout in found:
+        # Keeping positions apart costs messages, never the class: it is on where it holds more.
+        whole = str(Topology(layout.tp, layout.pp, layout.ep))
+        costs[layout.name] = min(costs[layout.name], costs.get(whole, math.inf))
     quickest = min(fitting, key=lambda layout: _cost(layout, prefer))
     bound = CLASS_SLACK * _cost(quickest, prefer)
 
     def key(layout: Layout) -> tuple[bool, bool, int, float, int]:
-        cost = _cost(layout, prefer)
         kv = -layout.kv_tokens if layout.fits else layout.lacks_bytes
-        return not layout.fits, cost > bound, kv, cost, -layout.tp
+        return not layout.fits, costs[layout.name] > bound, kv, _cost(layout, prefer), -layout.tp
 
     ranked = sorted(found, key=key)
-    why = _reason(ranked[0], fitting, quickest, bound, prefer)
+    of_class = sum(costs[layout.name] <= bound for layout in fitting)
+    why = _reason(ranked[0], len(fitting), of_class, quickest, prefer)
     return tuple(ranked), why + _of_views(ranked[0], found)
 
 
 def _of_views(best: Layout, found: tuple[Layout, ...]) -> str:
-    """Return what the best layout's views of its groups are worth, where it has some."""
-    for layout in found:
-        if (layout.tp, layout.pp, layout.ep, layout.dcp) == (best.tp, best.pp, 1, 1) and layout is not best:
-            return f"; {layout.name} alone holds {layout.kv_tokens:,}"
+    """Return what the best layout's views of its groups are worth and cost, where it has some."""
+    for alone in found:
+        if (alone.tp, alone.pp, alone.ep, alone.dcp) == (best.tp, best.pp, 1, 1) and alone is not best:
+            times = f"{alone.decode_one.token_s * 1e3:.2f} ms, not {best.decode_one.token_s * 1e3:.2f}"
+            return f"; {alone.name} alone holds {alone.kv_tokens:,}, and a token at 1 request takes {times}"
     return ""
 
 
@@ -328,11 +334,11 @@ def _cost(layout: Layout, prefer: Prefer) -> float:
     return layout.decode_one.token_s if prefer == "latency" else 1 / layout.decode_many.tokens_s
 
 
-def _reason(best: Layout, fitting: list[Layout], quickest: Layout, bound: float, prefer: Prefer) -> str:
+def _reason(best: Layout, fitting: int, of_class: int, quickest: Layout, prefer: Prefer) -> str:
     tokens = f"{best.kv_tokens:,} KV tokens"
     if best.global_kv_tokens > best.kv_tokens:
         tokens += f" ({best.global_kv_tokens:,} by the global layers alone)"
-    if len(fitting) == 1:
+    if fitting == 1:
         return f"{best.name}: the only layout that fits, {tokens}"
     if prefer == "latency":
         among = f"where a token at 1 request takes at most {CLASS_SLACK:g} times the quickest"
@@ -340,6 +346,6 @@ def _reason(best: Layout, fitting: list[Layout], quickest: Layout, bound: float,
     else:
         among = f"that give at least {1 / CLASS_SLACK:.0%} of the most tokens a second"
         record = f"{quickest.name}, {quickest.decode_many.tokens_s:,.0f}"
-    others = sum(_cost(layout, prefer) <= bound for layout in fitting) - 1
-    alone = "" if others else "; no other is among them"
+    record += "; reckoned with dcp 1" if best.dcp > 1 else ""
+    alone = "" if of_class > 1 else "; no other is among them"
     return f"{best.name}: {tokens}, the most of the layouts {among} ({record}){alone}"

@@ -102,7 +102,8 @@ def choose_layout(
         if not on_gpus or is_settled or config.tp * config.pp != ranks or config.tp == 1:
             return config, None
         matrix, called = _matrix(config, msgspec.structs.replace(given, tp=config.tp, pp=config.pp), None)
-        if matrix.best is None or matrix.layouts[0].ep == matrix.layouts[0].dcp == 1:
+        first = matrix.layouts[0]
+        if matrix.best is None or (first.ep, first.dcp) == (config.ep, config.dcp):
             return config, None
     elif ranks == 1:
         check_views(1, config.ep, config.dcp)
@@ -123,6 +124,8 @@ def _matrix(config: ServeConfig, given: Given, prefer: Prefer | None) -> tuple[M
     found = subject(config.model_name, config.model, config.dtype, config.kv_dtype)
     budget = min(rank_budgets(config.devices, ranks, config.memory_bytes, config.environment))
     gpu, called = _gpu_here(config)
+    # Ranks with GPUs keep whole positions (``worker/backends/cuda/comm.py``): no other degree is chosen.
+    given = msgspec.structs.replace(given, dcp=given.dcp or 1)
     asked = Asked(
         context=config.context,
         concurrency=min(Asked().concurrency, config.max_rows),
