@@ -1,9 +1,9 @@
-"""How cached latents are cut into pieces: every token once, in order, and no gaps between a piece's rows."""
+"""How cached latents are cut into pieces: every token once, in order, no gaps between a piece's rows."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.backends.cuda.latent_prefill import cached_pieces
+from worker.backends.cuda.latent_pieces import cached_pieces
 
 
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 30))

@@ -13,6 +13,7 @@ from kv.tensors import LayerCache
 from worker.backends.base import LatentHeads
 from worker.backends.cuda.flashinfer import Operators, RaggedPlan, RaggedPrefill, prefill_name
 from worker.backends.cuda.latent_own import LatentShape
+from worker.backends.cuda.latent_pieces import cached_pieces
 from worker.backends.cuda.launch import Kernels
 
 _DIMS = (192, 128)
@@ -37,44 +38,6 @@ class ExpandedPlan:
     new: RaggedPlan
     pieces: tuple[_Piece, ...]
     block_tables: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class CachedPiece:
-    """Which cached tokens are expanded together: of neighbouring rows, by their numbers."""
-
-    first_row: int
-    starts: list[int]
-    """Of each row's tokens within the piece, and their end."""
-    firsts: list[int]
-    """The first of these tokens' positions, of each row."""
-
-    @property
-    def rows(self) -> int:
-        """How many rows it has tokens of."""
-        return len(self.firsts)
-
-
-def cached_pieces(cached: list[int], most: int) -> list[CachedPiece]:
-    """Cut the rows' cached tokens, so many of each, into pieces of at most ``most``.
-
-    A piece has neighbouring rows alone, and at least a token of each.
-    """
-    pieces: list[CachedPiece] = []
-    piece: CachedPiece | None = None
-    for row, tokens in enumerate(cached):
-        if not tokens:
-            piece = None
-        first = 0
-        while first < tokens:
-            if piece is None or piece.starts[-1] == most:
-                piece = CachedPiece(row, [0], [])
-                pieces.append(piece)
-            count = min(tokens - first, most - piece.starts[-1])
-            piece.starts.append(piece.starts[-1] + count)
-            piece.firsts.append(first)
-            first += count
-    return pieces
 
 
 class LatentPrefill:
