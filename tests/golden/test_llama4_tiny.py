@@ -14,7 +14,11 @@ from transformers import PreTrainedModel
 from transformers.models.llama4.configuration_llama4 import Llama4Config, Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM, Llama4ForConditionalGeneration
 
+from kv.manager import KVManager
 from loader.index import read_index
+from models.blocks import BlockNeeds
+from orchestrator.request import Request
+from orchestrator.scheduler import Scheduler, SchedulerConfig
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from tests.golden.harness import Driver, Job, run_ranks_as_threads
@@ -155,6 +159,55 @@ def test_variant_matches_transformers(root: Path, variant: str) -> None:
 @pytest.mark.parametrize("variant", ["scout", "two experts"])
 def test_placed_experts_match_transformers(root: Path, variant: str) -> None:
     check_layout(root, variant, 2, 2, ep=2)
+
+
+@pytest.mark.parametrize(("tp", "pp", "step_tokens"), [(1, 1, 8), (2, 2, 6), (1, 1, 48)])
+def test_blocks_of_chunks_that_are_over_serve_others(
+    root: Path, tp: int, pp: int, step_tokens: int
+) -> None:
+    """The scheduler's plans over a pool that is too small for all: blocks change hands between groups."""
+    directory, answers = tiny(root, "scout")
+    asked = [answers[at // 2] for at in range(2 * len(answers))] + [answers[-1]] * 3
+    topology = Topology(tp, pp)
+    with run_ranks_as_threads(directory, topology, num_blocks=75) as instance:
+        groups, size = instance.spec.kv_groups, instance.limits.block_tokens
+        needs = BlockNeeds.of(instance.spec, topology, size, step_tokens)
+        assert needs.of_request(55) <= 75 < sum(needs.of_request(len(known)) for known, _ in answers)
+        kv = KVManager(75, size, groups)
+        scheduler = Scheduler(SchedulerConfig(1, 4, step_tokens, 128, pp, 64), kv)
+        requests = [request_of(str(at), known) for at, (known, _) in enumerate(asked)]
+        for request in requests:
+            scheduler.add(request)
+        users: dict[int, set[int]] = {}
+        while not scheduler.is_idle:
+            while (plan := scheduler.plan(0.0)) is not None:
+                instance.send(plan)
+                for group in range(len(groups)):
+                    for request in scheduler._running:
+                        for block in request.holding.tables[group][request.holding.num_let_go[group] :]:
+                            users.setdefault(block, set()).add(group)
+            scheduler.commit(instance.result())
+            scheduler.check()
+    for request, (known, _) in zip(requests, asked, strict=True):
+        assert request.token_ids == known
+    assert any(len(held_for) > 2 for held_for in users.values())
+    assert scheduler.counters.cached_tokens > 0
+
+
+def request_of(name: str, known: list[int]) -> Request:
+    return Request(
+        id=name,
+        prompt_ids=known[:-NEW_TOKENS],
+        sampling=SamplingParams(temperature=0.0, seed=0),
+        max_tokens=NEW_TOKENS,
+        min_tokens=0,
+        stop_token_ids=frozenset(),
+        priority=0,
+        arrival_s=0.0,
+        deadline_s=None,
+        cache_salt="",
+        sink=None,  # type: ignore[arg-type]
+    )
 
 
 def test_vision_tensors_are_there_and_skipped(root: Path) -> None:
