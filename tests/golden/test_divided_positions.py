@@ -112,6 +112,12 @@ def test_processes_answer_as_transformers(root: Path) -> None:
             found = [scored.logprob for scored in result.logprobs]
             expected = scores[-count:].max(-1).values.tolist()
             assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        # The longest prompt's whole blocks, pages of both ranks, are found again.
+        again = client.generate(
+            prompt_ids=known[:-count], temperature=0.0, max_tokens=count, ignore_eos=True
+        )
+        assert again.usage.cached_tokens == (len(known) - count) // 16 * 16 > 0
+        assert again.token_ids == known[-count:]
 
 
 @pytest.mark.long
