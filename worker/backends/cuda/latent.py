@@ -173,8 +173,20 @@ class CudaLatents:
         nope = queries[..., : shape.nope_dim].transpose(0, 1)
         torch.bmm(nope, heads.keys, out=absorbed.transpose(0, 1))
         found = torch.empty_like(absorbed)
-        self._absorbed.launch(rows, self._scratch, absorbed, queries, cache, found, log_sums)
+        self.attend_lines(rows, absorbed, queries, cache, found, log_sums)
         return found
+
+    def attend_lines(
+        self,
+        rows: LatentRows,
+        absorbed: torch.Tensor,
+        queries: torch.Tensor,
+        cache: LayerCache,
+        out: torch.Tensor,
+        log_sums: torch.Tensor | None = None,
+    ) -> None:
+        """See ``AbsorbedAttention.launch``."""
+        self._absorbed.launch(rows, self._scratch, absorbed, queries, cache, out, log_sums)
 
     def _attend_absorbed(
         self,
