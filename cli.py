@@ -441,6 +441,8 @@ def _plan_table(planned: "MemoryPlan") -> str:
     headers = ("RANK", "LAYERS", *(name.upper() for name in names), "BUDGET")
     shown = table(headers, rows, right=frozenset(range(len(headers))))
     kv = f"KV for {planned.kv_tokens} tokens in {planned.num_blocks} blocks"
+    if planned.global_kv_tokens > planned.kv_tokens:
+        kv += f" ({planned.global_kv_tokens} by the global layers alone)"
     return f"{shown}\n\ncontext {planned.context} tokens, {kv}" + (
         f"\n{planned.note}" if planned.note else ""
     )
