@@ -14,6 +14,7 @@ import torch
 from loader.index import read_index
 from loader.plan import plan_load
 from loader.reader import load
+from models.blocks import block_bytes
 from models.layout import arena
 from models.registry import load_spec
 from models.spec import ModelSpec
@@ -81,7 +82,6 @@ def cuda_instance(
     plan = plan_load(spec, checkpoint, topology, stages)
     memory = mmap.mmap(-1, plan.arena_bytes[0])
     load(plan, 0, {0: memoryview(memory)}, threads=4)
-    block_bytes = block_tokens * sum(g.bytes_per_token(topology, stages[0]) for g in spec.kv_groups)
     boot = Boot(
         epoch=0,
         instance="test",
@@ -92,7 +92,7 @@ def cuda_instance(
         dtype=dtype,
         device="cuda:0",
         arena_fds=[],
-        kv_bytes=num_blocks * block_bytes,
+        kv_bytes=num_blocks * block_bytes(spec, topology, stages[0], block_tokens),
         block_tokens=block_tokens,
         num_blocks=num_blocks,
         budget_bytes=BUDGET_BYTES,
