@@ -21,8 +21,8 @@ from models.moe import CHUNK_TOKENS, Routing
 from worker.backends.base import ExpertWeights, Int4Weight, Routed
 from worker.backends.cuda.compiler import KernelCache
 from worker.backends.cuda.elementwise import Elementwise
-from worker.backends.cuda.grouped import Grouped, Slots, Weight
-from worker.backends.cuda.grouped_table import BF16, INT4, Variant, choose
+from worker.backends.cuda.grouped import Grouped, Slots, Weight, kind_of
+from worker.backends.cuda.grouped_table import VARIANTS, Variant, choose
 from worker.backends.cuda.launch import Kernels
 from worker.backends.cuda.linear import Linear
 from worker.backends.cuda.moe import CudaExperts
@@ -44,6 +44,8 @@ class Shape:
     width: int
     local: int
     is_int4: bool = False
+    is_turned: bool = False
+    """Weights lie [in, out]."""
     known_us: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
     """Of gate_up and down at 1, 8, 32, 128, 512 and 4096 tokens, another library's on an H200."""
 
@@ -68,7 +70,7 @@ SHAPES = (
         is_int4=True,
         known_us=((15.3, 38.4, 99.3, 186, 231, 459), (10.5, 25.0, 61.7, 106, 127, 268)),
     ),
-    Shape("Scout TP2", Routing(16, 1, scores="sigmoid", weighs="input"), 5120, 4096, 16),
+    Shape("Scout TP2", Routing(16, 1, scores="sigmoid", weighs="input"), 5120, 4096, 16, is_turned=True),
     Shape("Qwen3-30B-A3B", Routing(128, 8, normalize=True), 2048, 768, 128),
 )
 
@@ -144,11 +146,11 @@ class Bench:
         few = sets[0].experts.numel() <= 32
         variants: list[Variant | None] = [None]
         if all_variants:
-            variants += INT4 if shape.is_int4 else BF16
+            variants += VARIANTS[kind_of(weight)]
         for variant in variants:
             columns = None if variant is None else variant.columns
             slots = [_sorted(experts, one, columns) for one in sets]
-            served = variant or choose(k, slots[0].columns, few=few, is_int4=shape.is_int4)
+            served = variant or choose(k, slots[0].columns, few=few, kind=kind_of(weight))
 
             def multiply(i: int, variant: Variant | None = variant, slots: list[Slots] = slots) -> object:
                 return self._grouped(
@@ -199,8 +201,11 @@ def _weights(shape: Shape) -> ExpertWeights:
 
     def made(rows: int, k: int) -> Weight:
         if not shape.is_int4:
-            weight = torch.empty(shape.local, rows, k, dtype=torch.bfloat16, device="cuda")
-            return weight.normal_(0, k**-0.5)
+            lies = (k, rows) if shape.is_turned else (rows, k)
+            weight = torch.empty(shape.local, *lies, dtype=torch.bfloat16, device="cuda").normal_(
+                0, k**-0.5
+            )
+            return weight.transpose(1, 2) if shape.is_turned else weight
         words = torch.empty(shape.local, rows, k // 8, dtype=torch.int32, device="cuda")
         words.random_(-(1 << 31), (1 << 31) - 1)
         scales = torch.empty(shape.local, rows, k // 32, device="cuda").uniform_(0.5, 1.5) / (4 * k**0.5)

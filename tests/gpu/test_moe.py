@@ -11,7 +11,7 @@ from models.moe import Routing
 from tests.gpu.poison import load_kernels, poison_new_tensors
 from worker.backends.base import ExpertWeights, Int4Weight, Routed
 from worker.backends.cpu_moe import route
-from worker.backends.cuda.grouped_table import BF16, INT4, PLAIN_COLUMNS, columns_for, most_tiles
+from worker.backends.cuda.grouped_table import PLAIN_COLUMNS, VARIANTS, columns_for, most_tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -101,6 +101,9 @@ def weights_of(
     if "int4" in kind:
         scales = FLOAT32 if kind == "float32, int4 by float32" else BFLOAT16
         return ExpertWeights(router, None, *(packed(*s, scales=scales) for s in shapes), first)
+    if "turned" in kind:
+        made = (drawn(e, k, n, dtype=dtype).transpose(1, 2) for e, n, k in shapes)
+        return ExpertWeights(router, None, *made, first)
     return ExpertWeights(router, None, *(drawn(*s, dtype=dtype) for s in shapes), first)
 
 
@@ -148,7 +151,16 @@ def test_what_is_no_number_still_chooses_experts_that_are_there(make) -> None:
 @pytest.mark.parametrize("how", ["any", "skewed"])
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(
-    "kind", ["bfloat16", "int4", "float32", "float32, int4 by float32", "float32, int4 by bfloat16"]
+    "kind",
+    [
+        "bfloat16",
+        "bfloat16, turned",
+        "int4",
+        "float32",
+        "float32, turned",
+        "float32, int4 by float32",
+        "float32, int4 by bfloat16",
+    ],
 )
 def test_sums_of_experts(make, kind: str, tokens: int, how: str) -> None:
     routing = Routing(24, 4)
@@ -165,7 +177,7 @@ def test_sums_of_experts(make, kind: str, tokens: int, how: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("kind", ["bfloat16", "int4", "float32"])
+@pytest.mark.parametrize("kind", ["bfloat16", "bfloat16, turned", "int4", "float32"])
 @pytest.mark.parametrize("weighs", ["output", "input"])
 def test_some_of_the_experts(make, kind: str, weighs: Any, tokens: int) -> None:
     routing = Routing(16, 2, weighs=weighs)
@@ -176,7 +188,7 @@ def test_some_of_the_experts(make, kind: str, weighs: Any, tokens: int) -> None:
     assert off(got, reference(x, weights, routed, weighs)) < BOUND[x.dtype]
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int4"])
+@pytest.mark.parametrize("kind", ["bfloat16", "bfloat16, turned", "int4"])
 @pytest.mark.parametrize(
     ("experts", "top_k", "hidden", "width"),
     [(16, 8, 7168, 256), (6, 2, 7168, 2048), (4, 1, 5120, 4096), (5, 2, 160, 32), (5, 2, 1088, 544)],
@@ -191,10 +203,10 @@ def test_shapes_of_models(make, kind: str, experts: int, top_k: int, hidden: int
         assert off(made.run(x, routed), reference(x, weights, routed, "output")) < BOUND[BFLOAT16]
 
 
-@pytest.mark.parametrize("variant", BF16 + INT4, ids=lambda v: v.name(gated=False))
+@pytest.mark.parametrize("variant", sum(VARIANTS.values(), ()), ids=lambda v: v.name(gated=False))
 def test_every_kernel(make, parts, monkeypatch, variant) -> None:
     routing = Routing(6, 1)
-    kind = "int4" if variant.is_int4 else "bfloat16"
+    kind = {"int4": "int4", "bf16": "bfloat16", "turned": "bfloat16, turned"}[variant.kind]
     monkeypatch.setattr("worker.backends.cuda.grouped.choose", lambda *_, **__: variant)
     monkeypatch.setattr("worker.backends.cuda.moe.columns_for", lambda *_: variant.columns)
     for hidden, width in ((4224, 32), (320, 544)):
@@ -207,7 +219,7 @@ def test_every_kernel(make, parts, monkeypatch, variant) -> None:
                 assert off(got, reference(x, weights, routed, "output")) < BOUND[BFLOAT16]
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int4"])
+@pytest.mark.parametrize("kind", ["bfloat16", "bfloat16, turned", "int4"])
 def test_a_token_does_not_depend_on_the_others(make, kind: str) -> None:
     routing = Routing(8, 2)
     weights = weights_of(kind, 8, 1024, 256)

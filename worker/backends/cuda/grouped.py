@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from worker.backends.base import Int4Weight
-from worker.backends.cuda.grouped_table import PLAIN_COLUMNS, Variant, choose
+from worker.backends.cuda.grouped_table import PLAIN_COLUMNS, Kind, Variant, choose
 from worker.backends.cuda.launch import Kernel, Kernels
 
 _FILE = "grouped"
@@ -14,7 +14,7 @@ _PLAIN_THREADS = 256
 _PLAIN_OUTPUTS = 16
 
 Weight = torch.Tensor | Int4Weight
-"""Of a layer's local experts: [experts, outputs, k]."""
+"""Of a layer's local experts: [experts, outputs, k]; or such a view of [experts, k, outputs] in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Grouped:
             assert slots.columns == PLAIN_COLUMNS, slots.columns
             name, threads, made, shared_bytes = _plain(weight), _PLAIN_THREADS, _PLAIN_OUTPUTS, 0
         else:
-            variant = variant or choose(k, slots.columns, few=few, is_int4=isinstance(weight, Int4Weight))
+            variant = variant or choose(k, slots.columns, few=few, kind=kind_of(weight))
             name, threads = variant.name(gated=gated), variant.threads
             made, shared_bytes = variant.outputs(gated=gated), variant.shared_bytes
         kernel = self._known.get(name)
@@ -96,7 +96,14 @@ class Grouped:
         return out
 
 
+def kind_of(weight: Weight) -> Kind:
+    """Return how weights lie."""
+    if isinstance(weight, Int4Weight):
+        return "int4"
+    return "bf16" if weight.is_contiguous() else "turned"
+
+
 def _plain(weight: Weight) -> str:
     if not isinstance(weight, Int4Weight):
-        return "float32_plain"
+        return "float32_plain" if weight.is_contiguous() else "float32_turned"
     return "int4_plain_bf16" if weight.scales.dtype == torch.bfloat16 else "int4_plain_float32"

@@ -5,7 +5,10 @@ several, which read its weights again, from L2; one too wide multiplies padding.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
+Kind = Literal["bf16", "int4", "turned"]
+"""How weights lie: rows of bf16, rows of words of int4, or bf16 in columns, k by k."""
 PLAIN_COLUMNS = 2
 """The float32 kernel's tiles are of 16 slots."""
 _MOST_SLOTS_EACH = ((5.0, 1), (11.0, 2), (24.0, 4))
@@ -17,7 +20,7 @@ _WIDEST = 8
 class Variant:
     """One kernel; the fields are those of its name, in order."""
 
-    is_int4: bool
+    kind: Kind
     k_warps: int
     n_warps: int
     tiles: int
@@ -29,7 +32,7 @@ class Variant:
 
     def name(self, *, gated: bool) -> str:
         """Return the entry point."""
-        kind = ("int4" if self.is_int4 else "bf16") + ("_gated" if gated else "")
+        kind = f"{self.kind}_gated" if gated else self.kind
         return f"{kind}_{self.k_warps}_{self.n_warps}_{self.tiles}_{self.columns}_{self.depth}"
 
     @property
@@ -46,15 +49,15 @@ class Variant:
         """Of a block: the warps' rings, and in their place the sums that its warps have to add up."""
         rows = 16 * self.tiles
         # A piece: 64 bytes a weight row with 8 bytes of scales and 256 a slot, or 128 and 128.
-        piece = (
-            rows * (64 + 8) + self.columns * 8 * 256 if self.is_int4 else (rows + self.columns * 8) * 128
-        )
+        piece = (rows + self.columns * 8) * 128
+        if self.kind == "int4":
+            piece = rows * (64 + 8) + self.columns * 8 * 256
         sums = self.k_warps * self.columns * 8 * (rows * self.n_warps + 1) * 4
         return max(piece * self.depth * self.k_warps * self.n_warps, sums)
 
 
 INT4 = tuple(
-    Variant(True, *numbers)
+    Variant("int4", *numbers)
     for numbers in (
         (8, 1, 2, 1, 3),
         (8, 1, 4, 1, 2),
@@ -69,7 +72,7 @@ INT4 = tuple(
     )
 )
 BF16 = tuple(
-    Variant(False, *numbers)
+    Variant("bf16", *numbers)
     for numbers in (
         (8, 1, 2, 1, 2),
         (4, 1, 4, 1, 3),
@@ -82,6 +85,20 @@ BF16 = tuple(
         (1, 4, 4, 8, 3),
     )
 )
+TURNED = tuple(
+    Variant("turned", *numbers)
+    for numbers in (
+        (8, 1, 2, 1, 2),
+        (4, 1, 4, 1, 3),
+        (4, 1, 4, 2, 2),
+        (1, 4, 4, 2, 2),
+        (4, 1, 4, 4, 2),
+        (1, 4, 4, 4, 2),
+        (4, 1, 4, 8, 3),
+        (1, 4, 4, 8, 3),
+    )
+)
+VARIANTS: dict[Kind, tuple[Variant, ...]] = {"bf16": BF16, "int4": INT4, "turned": TURNED}
 
 
 def columns_for(choices: int, experts: int) -> int:
@@ -95,15 +112,17 @@ def most_tiles(choices: int, experts: int, columns: int) -> int:
     return min(choices, choices // (8 * columns) + experts)
 
 
-def choose(k: int, columns: int, *, few: bool, is_int4: bool) -> Variant:
+def choose(k: int, columns: int, *, few: bool, kind: Kind) -> Variant:
     """Return the kernel for a product over k with tiles of 8 · ``columns`` slots.
 
     Warps share the k's as long as each has pieces enough to keep its ring busy. ``few``: slots are so few
-    that only small blocks are enough of them for all multiprocessors.
+    that only small blocks are enough of them for all multiprocessors. Of weights that lie k by k a block
+    must read at least 64 neighbouring bytes, which four tiles are.
     """
-    pieces = -(-k // (128 if is_int4 else 64))
-    k_warps = 1 if pieces < 8 else 4
-    fitting = [v for v in (INT4 if is_int4 else BF16) if v.columns == columns]
+    pieces = -(-k // (128 if kind == "int4" else 64))
+    fitting = [v for v in VARIANTS[kind] if v.columns == columns]
+    if kind == "turned":
+        return next(v for v in fitting if v.k_warps == 4)
     if few and pieces >= 32:
         return next((v for v in fitting if v.k_warps == 8), fitting[0])
-    return next(v for v in fitting if v.k_warps == k_warps)
+    return next(v for v in fitting if v.k_warps == (1 if pieces < 8 else 4))

@@ -23,6 +23,7 @@ _ROUTE_THREADS, _ROUTE_TOKENS = 128, 4
 _SORT_THREADS = 1024
 _FEW_CHOICES = 32
 _NAMES = {torch.bfloat16: ("bf16", 8), torch.float32: ("float", 4)}
+_DTYPES = (torch.bfloat16, torch.float32, torch.int32)
 _INT4_GROUP = 32
 _PIECE_ELEMENTS = 8
 """Of bf16 in 16 bytes, which a thread copies at a time."""
@@ -186,25 +187,28 @@ def _check(weights: ExpertWeights, routing: Routing) -> None:
             f"kernels route to {MOST_TOP_K} of {MOST_EXPERTS} at most: serve this model with --device cpu"
         )
     for name, weight in (("gate|up", weights.gate_up), ("down", weights.down)):
-        words = _words(weight)
-        if isinstance(weight, Int4Weight):
-            k, least = words.shape[2] * 8, _INT4_GROUP
-        elif words.dtype == torch.bfloat16:
-            k, least = words.shape[2], _PIECE_ELEMENTS
-        elif words.dtype == torch.float32:
-            continue
-        else:
-            raise UnsupportedModelError(
-                f"experts in {words.dtype} were asked for on a GPU, whose kernels take bfloat16, int4 and "
-                "float32: serve this model with --device cpu"
-            )
-        if words.stride(-1) != 1:
-            raise UnsupportedModelError(
-                f"{name} of experts that lies in memory column by column was asked for on a GPU, whose "
-                "kernels read rows: serve this model with --device cpu"
-            )
-        if k % least:
-            raise UnsupportedModelError(
-                f"a rank's {name} of experts has {k} columns, on a GPU they must be a multiple of {least}: "
-                "choose a tensor parallel degree that leaves so many, or place experts whole with --ep"
-            )
+        _check_weight(name, weight)
+
+
+def _check_weight(name: str, weight: Weight) -> None:
+    words = _words(weight)
+    outputs, k = words.shape[1:]
+    rows = words if words.is_contiguous() else words.transpose(1, 2)
+    if words.dtype not in _DTYPES or not rows.is_contiguous():
+        raise UnsupportedModelError(
+            f"{name} of experts in {words.dtype} with strides {words.stride()} was asked for on a GPU, "
+            "whose kernels take rows of bfloat16, int4 and float32 and columns of bfloat16 and float32: "
+            "serve this model with --device cpu"
+        )
+    if words.dtype == torch.float32:
+        return
+    what, count, least = "columns", k, _PIECE_ELEMENTS
+    if isinstance(weight, Int4Weight):
+        count, least = 8 * k, _INT4_GROUP
+    elif rows is not words:
+        what, count = "rows", outputs // 2 if name == "gate|up" else outputs
+    if count % least:
+        raise UnsupportedModelError(
+            f"a rank's {name} of experts has {count} {what}, on a GPU they must be a multiple of {least}: "
+            "choose a tensor parallel degree that leaves so many, or place experts whole with --ep"
+        )

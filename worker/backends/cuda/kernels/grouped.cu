@@ -2,7 +2,7 @@
 //
 // Slots are sorted by expert and cut into tiles of up to 8 * COLUMNS slots of one expert (moe.cu). A block makes
 // 16 * TILES * N_WARPS outputs of each of a tile's slots; K_WARPS warps share the k's, a run of pieces each. A piece is
-// 64 bytes of each weight row for int4 (128 k's) and 128 for bf16 (64 k's). DEPTH pieces are always under way into a
+// 64 bytes of each weight row for int4 (128 k's) and 128 for bf16 (64 k's; TURNED: these lie k by k, [k, n]). DEPTH pieces are always under way into a
 // ring in shared memory that is the warp's own, so nobody waits for another warp before the sums. Products go through
 // mma.m16n8k16 with the weights as A and the slots as the 8 columns of B. Which k stands where inside a product does
 // not matter as long as A and B agree: a thread takes 16 neighbouring bytes of a row at a time.
@@ -61,6 +61,17 @@ __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Four blocks of 8 by 8, each row at the address that a lane gives, and turned: lane 4 a + b gets column a of rows
+// 2 b and 2 b + 1.
+__device__ __forceinline__ Lane16 read_turned(u32 from) {
+  Lane16 x;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x.at[0]), "=r"(x.at[1]), "=r"(x.at[2]), "=r"(x.at[3])
+               : "r"(from)
+               : "memory");
+  return x;
+}
+
 // The weight of the pair (i, i + 4) of a word's eight codes, a code c standing for c - 8: (c - 8) * scale, rounded.
 // 0x4300 is 128 in bf16, whose last bits count ones; 0xc308 is -136.
 __device__ __forceinline__ u32 weight_pair(u32 word, int i, u32 scales) {
@@ -71,10 +82,14 @@ __device__ __forceinline__ u32 weight_pair(u32 word, int i, u32 scales) {
 // n: outputs of a slot. GATED: an expert's weight is [gate | up], 2 n rows, and out = silu(gate) * up of the rounded
 // products; even tiles of weight rows are gates, the odd one after each its up. rows: a slot's row of x; null: the
 // slot itself.
-template <bool INT4, int K_WARPS, int N_WARPS, int TILES, int COLUMNS, int DEPTH, bool GATED>
+enum Kind { BF16, INT4_WORDS, TURNED };
+
+template <Kind KIND, int K_WARPS, int N_WARPS, int TILES, int COLUMNS, int DEPTH, bool GATED>
 __device__ __forceinline__ void grouped(const bf16* x, const int* rows, const char* weight, const bf16* scales,
                                         bf16* out, const Tile* tiles, const int* num_tiles, int n, int k) {
   static_assert(!GATED || TILES % 2 == 0, "gates have ups");
+  static_assert(KIND != TURNED || TILES == 2 || TILES == 4, "places are known for 4 and 8 chunks");
+  constexpr bool INT4 = KIND == INT4_WORDS;
   constexpr int ROWS = 16 * TILES, MADE = GATED ? ROWS / 2 : ROWS, THREADS = K_WARPS * N_WARPS * 32;
   constexpr int A_CHUNKS = INT4 ? 1 : 2, B_CHUNKS = INT4 ? 16 : 8, PIECE = B_CHUNKS * 8;
   constexpr int A_BYTES = TILES * 2 * A_CHUNKS * 512, B_BYTES = COLUMNS * 8 * B_CHUNKS * 16;
@@ -88,7 +103,7 @@ __device__ __forceinline__ void grouped(const bf16* x, const int* rows, const ch
   if (static_cast<int>(blockIdx.y) >= *num_tiles) return;
   const Tile tile = tiles[blockIdx.y];
 
-  const u32 row_bytes = INT4 ? k / 2 : k * 2, row_scales = k / 32;
+  const u32 row_bytes = INT4 ? k / 2 : k * 2, row_scales = k / 32, turned_bytes = n * (GATED ? 4 : 2);
   const i64 expert_row = static_cast<i64>(tile.expert) * n * (GATED ? 2 : 1);
   auto weight_row = [&](int row) {
     const int of = row / 16;
@@ -113,11 +128,26 @@ __device__ __forceinline__ void grouped(const bf16* x, const int* rows, const ch
 
   // Chunks of 16 bytes of a slot's piece stand so that neither writing nor reading them meets on a bank.
   auto place = [&](int chunk) { return chunk ^ (INT4 ? chunk >> 3 ^ 6 * (group & 1) : 4 * (group & 1)); };
+  // The same for those of a k of turned weights, eight of which are read at a time: see below which.
+  auto turned_place = [&](int row, int chunk) {
+    return chunk ^ (TILES == 4 ? (row & 1) | (row >> 3 & 3) << 1 : row >> 3 & 3);
+  };
   auto copy = [&](u32 stage, int i) {
     const int piece = began + i;
     const bool is_mine = i < each && piece < pieces;
+    if constexpr (KIND == TURNED) {
+      constexpr int CHUNKS = ROWS / 8;  // of a k
 #pragma unroll
-    for (int t = 0; t < TILES; ++t)
+      for (int j = 0; j < PIECE * CHUNKS / 32; ++j) {
+        const int index = j * 32 + lane, row = index / CHUNKS, chunk = index % CHUNKS, of = chunk / 2;
+        const int output = first + (GATED ? of / 2 : of) * 16 + chunk % 2 * 8, at = piece * PIECE + row;
+        const bool is_valid = is_mine && output < n && at < k;
+        const i64 from = static_cast<i64>(at) * turned_bytes + (output + (GATED && of % 2 ? n : 0)) * 2;
+        copy16(stage + (row * CHUNKS + turned_place(row, chunk)) * 16, weights + (is_valid ? from : 0), is_valid);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < (KIND == TURNED ? 0 : TILES); ++t)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -183,8 +213,21 @@ __device__ __forceinline__ void grouped(const bf16* x, const int* rows, const ch
 #pragma unroll
       for (int t = 0; t < TILES; ++t) {
         Lane16 pairs[2];
+        if constexpr (KIND == TURNED) {
+          // Blocks: weight rows 0 to 7 and 8 to 15 of a pair, then those of the next; row 2 b of a block is the first k
+          // of a pair of lane part b.
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
+          for (int i = 0; i < 4; i += 2) {
+            const int row = w * 32 + lane % 8 / 2 * 8 + (i + lane / 16) * 2 + lane % 2;
+            const Lane16 found = read_turned(stage + (row * (ROWS / 8) + turned_place(row, t * 2 + lane / 8 % 2)) * 16);
+            pairs[0].at[i] = found.at[0];
+            pairs[1].at[i] = found.at[1];
+            pairs[0].at[i + 1] = found.at[2];
+            pairs[1].at[i + 1] = found.at[3];
+          }
+        }
+#pragma unroll
+        for (int h = 0; h < (KIND == TURNED ? 0 : 2); ++h) {
           if constexpr (INT4) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) pairs[h].at[i] = weight_pair(a[t][h].at[w], i, scale[t][h]);
@@ -245,20 +288,23 @@ __device__ __forceinline__ void grouped(const bf16* x, const int* rows, const ch
 }
 
 // BLOCKS: how many must fit on a multiprocessor at once.
-#define GROUPED_AS(NAME, INT4, GATED, K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)                                 \
+#define GROUPED_AS(NAME, KIND, GATED, K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)                                 \
   extern "C" __global__ void __launch_bounds__(K_WARPS* N_WARPS * 32, BLOCKS)                                          \
       NAME##_##K_WARPS##_##N_WARPS##_##TILES##_##COLUMNS##_##DEPTH(                                                    \
           const bf16* x, const int* rows, const char* weight, const bf16* scales, bf16* out, const Tile* tiles,        \
           const int* num_tiles, int n, int k) {                                                                        \
-    grouped<INT4, K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, GATED>(x, rows, weight, scales, out, tiles, num_tiles, n,   \
+    grouped<KIND, K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, GATED>(x, rows, weight, scales, out, tiles, num_tiles, n,   \
                                                                   k);                                                  \
   }
 #define INT4_KERNELS(K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)                           \
-  GROUPED_AS(int4, true, false, K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)                \
-  GROUPED_AS(int4_gated, true, true, K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)
+  GROUPED_AS(int4, INT4_WORDS, false, K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)                \
+  GROUPED_AS(int4_gated, INT4_WORDS, true, K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)
 #define BF16_KERNELS(K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)                           \
-  GROUPED_AS(bf16, false, false, K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)               \
-  GROUPED_AS(bf16_gated, false, true, K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)
+  GROUPED_AS(bf16, BF16, false, K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)               \
+  GROUPED_AS(bf16_gated, BF16, true, K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)
+#define TURNED_KERNELS(K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)                         \
+  GROUPED_AS(turned, TURNED, false, K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)            \
+  GROUPED_AS(turned_gated, TURNED, true, K_WARPS, N_WARPS, TILES, COLUMNS, DEPTH, BLOCKS)
 
 INT4_KERNELS(8, 1, 2, 1, 3, 2)
 INT4_KERNELS(8, 1, 4, 1, 2, 2)
@@ -279,10 +325,18 @@ BF16_KERNELS(4, 1, 4, 4, 2, 2)
 BF16_KERNELS(1, 4, 4, 4, 2, 2)
 BF16_KERNELS(4, 1, 4, 8, 3, 1)
 BF16_KERNELS(1, 4, 4, 8, 3, 1)
+TURNED_KERNELS(8, 1, 2, 1, 2, 2)
+TURNED_KERNELS(4, 1, 4, 1, 3, 2)
+TURNED_KERNELS(4, 1, 4, 2, 2, 2)
+TURNED_KERNELS(1, 4, 4, 2, 2, 2)
+TURNED_KERNELS(4, 1, 4, 4, 2, 2)
+TURNED_KERNELS(1, 4, 4, 4, 2, 2)
+TURNED_KERNELS(4, 1, 4, 8, 3, 1)
+TURNED_KERNELS(1, 4, 4, 8, 3, 1)
 
 // The same in float32 multiply-adds, a thread an output of a slot and a block 16 outputs of 16 slots: for small models
 // in float32. W: float, or u32 for words of int4 whose scales are S.
-template <typename W, typename S, bool IS_INT4>
+template <typename W, typename S, bool IS_INT4, bool IS_TURNED>
 __device__ __forceinline__ void plain(const float* x, const int* rows, const W* weight, const S* scales, float* out,
                                       const Tile* tiles, const int* num_tiles, int n, int k) {
   constexpr int SIDE = 16;
@@ -303,6 +357,8 @@ __device__ __forceinline__ void plain(const float* x, const int* rows, const W* 
       if constexpr (IS_INT4) {
         const u32 word = weight[row * (k / 8) + at / 8];
         w = (static_cast<int>(word >> (at % 8 * 4) & 15u) - 8) * to_float(scales[row * (k / 32) + at / 32]);
+      } else if constexpr (IS_TURNED) {
+        w = weight[(static_cast<i64>(tile.expert) * k + at) * n + first + down];
       } else {
         w = weight[row * k + at];
       }
@@ -317,12 +373,13 @@ __device__ __forceinline__ void plain(const float* x, const int* rows, const W* 
   if (is_slot && first + across < n) out[static_cast<i64>(tile.first + down) * n + first + across] = sum;
 }
 
-#define PLAIN(NAME, W, S, IS_INT4)                                                                                       \
+#define PLAIN(NAME, W, S, IS_INT4, IS_TURNED)                                                                                       \
   extern "C" __global__ void __launch_bounds__(256)                                                              \
       NAME(const float* x, const int* rows, const W* weight, const S* scales, float* out, const Tile* tiles,      \
            const int* num_tiles, int n, int k) {                                                                 \
-    plain<W, S, IS_INT4>(x, rows, weight, scales, out, tiles, num_tiles, n, k);                                           \
+    plain<W, S, IS_INT4, IS_TURNED>(x, rows, weight, scales, out, tiles, num_tiles, n, k);                                           \
   }
-PLAIN(float32_plain, float, float, false)
-PLAIN(int4_plain_float32, u32, float, true)
-PLAIN(int4_plain_bf16, u32, bf16, true)
+PLAIN(float32_plain, float, float, false, false)
+PLAIN(float32_turned, float, float, false, true)
+PLAIN(int4_plain_float32, u32, float, true, false)
+PLAIN(int4_plain_bf16, u32, bf16, true, false)
