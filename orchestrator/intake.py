@@ -54,7 +54,7 @@ class Intake:
                 raise InvalidRequestError(f"{name} is empty: give at least one token of it", field=name)
         if generate.stop and not info.has_tokenizer:
             raise InvalidRequestError(
-                "stop is text, and this model directory has no tokenizer.json: send stop_token_ids",
+                "stop is text, and this model directory has no tokenizer: send stop_token_ids",
                 field="stop",
             )
         if generate.prompt_ids is not None:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from orchestrator.text.tiktoken_vocabulary import TiktokenVocabulary
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -80,10 +82,30 @@ class ByteLevelTable(TokenTable):
             return None
 
 
+class TiktokenTable(dict[int, str | None]):
+    """Token id -> its text, None where its bytes are no whole characters: those are in ``pieces``."""
+
+    def __init__(self, vocabulary: TiktokenVocabulary) -> None:
+        super().__init__()
+        self.pieces: dict[int, bytes] = {}
+        self._vocabulary = vocabulary
+
+    def __missing__(self, token_id: int) -> str | None:
+        piece = self._vocabulary.piece(token_id)
+        text: str | None
+        try:
+            text = piece.decode()
+        except UnicodeDecodeError:
+            self.pieces[token_id] = piece
+            text = None
+        self[token_id] = text
+        return text
+
+
 class ByteLevelDetokenizer:
     """Byte-level BPE: the bytes of all tokens together are UTF-8."""
 
-    def __init__(self, table: ByteLevelTable) -> None:
+    def __init__(self, table: ByteLevelTable | TiktokenTable) -> None:
         self._table = table
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._pending = False
@@ -209,10 +231,17 @@ class StreamDetokenizer:
 class DetokenizerFactory:
     """Chooses the detokenizer of a tokenizer once; its tables are shared by all choices."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer | TiktokenVocabulary) -> None:
         self._tokenizer = tokenizer
+        self._byte_level: ByteLevelTable | TiktokenTable | None = None
+        self._strip: int | None = None
+        self._byte_fallback: ByteFallbackTable | None = None
+        if isinstance(tokenizer, TiktokenVocabulary):
+            self._byte_level = TiktokenTable(tokenizer)
+            return
         decoder: dict[str, Any] = json.loads(tokenizer.to_str()).get("decoder") or {}
-        self._byte_level = ByteLevelTable(tokenizer) if decoder.get("type") == "ByteLevel" else None
+        if decoder.get("type") == "ByteLevel":
+            self._byte_level = ByteLevelTable(tokenizer)
         self._strip = _byte_fallback_strip(decoder)
         self._byte_fallback = ByteFallbackTable(tokenizer) if self._strip is not None else None
 
@@ -222,6 +251,7 @@ class DetokenizerFactory:
             return ByteLevelDetokenizer(self._byte_level)
         if self._byte_fallback is not None:
             return ByteFallbackDetokenizer(self._byte_fallback, self._strip or 0)
+        assert isinstance(self._tokenizer, Tokenizer)
         return StreamDetokenizer(self._tokenizer)
 
 

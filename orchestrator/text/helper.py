@@ -11,9 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from orchestrator.text.template import ChatTemplate, TemplateSource
+from orchestrator.text.vocabulary import load_vocabulary
 from protocol.errors import TandemError
 from protocol.text import (
     LENGTH_BYTES,
@@ -37,7 +36,9 @@ class Helper:
     """Answers one job at a time from its own tokenizer and template."""
 
     def __init__(self, directory: Path) -> None:
-        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        vocabulary = load_vocabulary(directory)
+        assert vocabulary is not None, "a directory without a vocabulary gets no helpers"
+        self._vocabulary = vocabulary
         self._source = TemplateSource(directory)
         self._template: ChatTemplate | None = None
 
@@ -46,12 +47,12 @@ class Helper:
         try:
             match job:
                 case EncodeText(text=text):
-                    token_ids = self._tokenizer.encode(text).ids
+                    token_ids = self._vocabulary.encode(text, as_prompt=True)
                 case EncodeChat(messages=messages):
                     if self._template is None:
                         self._template = ChatTemplate(self._source)
                     text = self._template.render([{"role": m.role, "content": m.content} for m in messages])
-                    token_ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+                    token_ids = self._vocabulary.encode(text, as_prompt=False)
         except TandemError as error:
             return Refused(RefusalKind.TEMPLATE, error.message)
         except MemoryError:

@@ -5,18 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from tokenizers import Tokenizer
-
 from orchestrator.text.detokenizer import Detokenizer, DetokenizerFactory, NoText
 from orchestrator.text.pool import HelperPool
 from orchestrator.text.template import TemplateSource, read_json
+from orchestrator.text.vocabulary import JsonVocabulary, Vocabulary, load_vocabulary
 from protocol.client import ChatMessage
 from protocol.errors import ContextTooLongError, InvalidRequestError, ModelFormatError
 from protocol.text import EncodeChat, Encoded, EncodeText
 
 SHORT_CHARACTERS = 2048
 """Tokenised on the loop: about a millisecond. Longer texts go to a helper."""
-MAX_TOKENIZER_BYTES = 512 << 20
 
 
 class TextService:
@@ -24,16 +22,17 @@ class TextService:
 
     def __init__(
         self,
-        tokenizer: Tokenizer | None,
+        vocabulary: Vocabulary | None,
+        factory: DetokenizerFactory | None,
         pool: HelperPool | None,
         *,
         has_chat_template: bool,
         end_token_ids: frozenset[int],
     ) -> None:
-        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._factory = factory
         self._pool = pool
-        self._factory = None if tokenizer is None else DetokenizerFactory(tokenizer)
-        self.has_tokenizer = tokenizer is not None
+        self.has_tokenizer = vocabulary is not None
         self.has_chat_template = has_chat_template
         self.end_token_ids = end_token_ids
         """From generation_config.json; config.json's are the ModelSpec's."""
@@ -51,33 +50,33 @@ class TextService:
         """Load the tokenizer in a thread; with ``prestart``, one helper starts in the background.
 
         ``deadline_s`` and ``memory_bytes`` bound one job of a helper.
-        Errors: ``ModelFormatError`` for a malformed tokenizer.json, tokenizer_config.json or
-        generation_config.json.
+        Errors: ``ModelFormatError`` for a malformed tokenizer.json, tiktoken.model,
+        tokenizer_config.json or generation_config.json.
         """
-        tokenizer, source, end_token_ids = await asyncio.to_thread(_load, model_directory)
-        if tokenizer is None:
-            return cls(None, None, has_chat_template=False, end_token_ids=end_token_ids)
+        vocabulary, factory, source, end_token_ids = await asyncio.to_thread(_load, model_directory)
+        if vocabulary is None:
+            return cls(None, None, None, has_chat_template=False, end_token_ids=end_token_ids)
         pool = HelperPool(model_directory, size=helpers, deadline_s=deadline_s, memory_bytes=memory_bytes)
         if prestart and source.text is not None:
             pool.prestart()
-        return cls(tokenizer, pool, has_chat_template=source.text is not None, end_token_ids=end_token_ids)
+        has_template = source.text is not None
+        return cls(vocabulary, factory, pool, has_chat_template=has_template, end_token_ids=end_token_ids)
 
     def encode_short(self, text: str) -> list[int] | None:
         """Return a raw prompt's tokens (special ones added) at once; None where it is long: use ``encode``.
 
         Errors: ``InvalidRequestError`` where there is no tokenizer.
         """
-        tokenizer = self._checked("prompt")
+        vocabulary = self._checked("prompt")
         if len(text) > SHORT_CHARACTERS:
             return None
         try:
-            token_ids: list[int] = tokenizer.encode(text).ids
+            return vocabulary.encode(text, as_prompt=True)
         except Exception as error:
             # The tokenizer's errors have no class of their own.
             raise InvalidRequestError(
                 f"the tokenizer refuses the prompt: {error}", field="prompt"
             ) from None
-        return token_ids
 
     async def encode(self, text: str, limit: int) -> list[int]:
         """Return a raw prompt's tokens, tokenised in a helper.
@@ -115,30 +114,27 @@ class TextService:
         if self._pool is not None:
             await self._pool.close()
 
-    def _checked(self, field: str) -> Tokenizer:
-        if self._tokenizer is None:
+    def _checked(self, field: str) -> Vocabulary:
+        if self._vocabulary is None:
             raise InvalidRequestError(
-                f"{field} is text, and this model directory has no tokenizer.json: send prompt_ids",
+                f"{field} is text, and this model directory has no tokenizer: send prompt_ids",
                 field=field,
             )
-        return self._tokenizer
+        return self._vocabulary
 
 
-def _load(directory: Path) -> tuple[Tokenizer | None, TemplateSource, frozenset[int]]:
-    path = directory / "tokenizer.json"
+def _load(
+    directory: Path,
+) -> tuple[Vocabulary | None, DetokenizerFactory | None, TemplateSource, frozenset[int]]:
     end_token_ids = _end_token_ids(read_json(directory / "generation_config.json"))
     source = TemplateSource(directory)
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        return None, source, end_token_ids
-    if size > MAX_TOKENIZER_BYTES:
-        raise ModelFormatError(f"{path} has {size} bytes, more than {MAX_TOKENIZER_BYTES}", field=path.name)
-    try:
-        return Tokenizer.from_file(str(path)), source, end_token_ids
-    except Exception as error:
-        # The tokenizer's errors have no class of their own.
-        raise ModelFormatError(f"{path} is no tokenizer: {error}", field=path.name) from None
+    vocabulary = load_vocabulary(directory)
+    if vocabulary is None:
+        return None, None, source, end_token_ids
+    factory = DetokenizerFactory(
+        vocabulary.tokenizer if isinstance(vocabulary, JsonVocabulary) else vocabulary
+    )
+    return vocabulary, factory, source, end_token_ids
 
 
 def _end_token_ids(config: dict[str, Any]) -> frozenset[int]:

@@ -175,7 +175,7 @@ def test_a_directory_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> Non
             for field, value in (("prompt", "x"), ("messages", [{"role": "user", "content": "x"}])):
                 failed = await client.event(client.ask(**{field: value}), Failed)
                 assert (failed.error.code, failed.error.field) == ("invalid_request", field)
-                assert "no tokenizer.json: send prompt_ids" in failed.error.message
+                assert "no tokenizer: send prompt_ids" in failed.error.message
             failed = await client.event(client.ask(prompt_ids=[1], stop=["x"]), Failed)
             assert failed.error.field == "stop"
 

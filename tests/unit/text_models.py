@@ -1,7 +1,9 @@
 """Small model directories with tokenizers of the two common kinds, made on the spot."""
 
+import base64
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -87,4 +89,54 @@ def directory(path: Path, template: str | None = CHATML, tokenizer: Tokenizer | 
     }
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    return path
+
+
+KIMI_NAMES = {
+    0: "[BOS]",
+    1: "[EOS]",
+    2: "<|im_end|>",
+    3: "<|im_user|>",
+    4: "<|im_assistant|>",
+    9: "<|tool_calls_section_begin|>",
+    10: "<|tool_calls_section_end|>",
+    11: "<|tool_call_begin|>",
+    12: "<|tool_call_argument_begin|>",
+    13: "<|tool_call_end|>",
+    16: "<|im_system|>",
+    17: "<|im_middle|>",
+    20: "<think>",
+    21: "</think>",
+}
+"""By their distance from the last rank; gaps are there in Kimi's own too."""
+
+
+def kimi_ranks() -> dict[bytes, int]:
+    """Return a tiny vocabulary of byte pairs: all bytes, and the words with what leads to them."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for word in [*WORDS, "的", "中文", "123", "'ll", "\n\n", "  "]:
+        for spelt in (word.encode(), (" " + word).encode()):
+            for end in range(2, len(spelt) + 1):
+                ranks.setdefault(spelt[:end], len(ranks))
+    return ranks
+
+
+def kimi_config() -> dict[str, Any]:
+    """Return a tokenizer_config.json whose tool and thinking tokens are text, as in Kimi K2's."""
+    first = len(kimi_ranks())
+    named = {
+        str(first + i): {"content": name, "special": "tool_call" not in name and "think" not in name}
+        for i, name in KIMI_NAMES.items()
+    }
+    return {"added_tokens_decoder": named, "bos_token": "[BOS]", "eos_token": "<|im_end|>"}
+
+
+def kimi_directory(path: Path, template: str) -> Path:
+    """Write the text side of a Kimi checkpoint."""
+    path.mkdir(exist_ok=True)
+    lines = [base64.b64encode(piece) + b" %d" % rank for piece, rank in kimi_ranks().items()]
+    (path / "tiktoken.model").write_bytes(b"\n".join(lines) + b"\n")
+    (path / "tokenizer_config.json").write_text(json.dumps(kimi_config()))
+    if template:
+        (path / "chat_template.jinja").write_text(template)
     return path
