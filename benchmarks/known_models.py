@@ -67,7 +67,7 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
     | {
         "hidden_size": 64,
         "intermediate_size": 160,
-        "vocab_size": 512,
+        "vocab_size": 2048,
         "q_lora_rank": 24,
         "kv_lora_rank": 32,
         "qk_nope_head_dim": 6,

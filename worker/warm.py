@@ -39,6 +39,7 @@ def main() -> int:
 
 
 def _warm_operators(cache: Path, architecture: str, model: Path, tp: int, block_tokens: int) -> None:
+    from models.deepseek_config import DeepseekConfig
     from models.registry import load_spec
     from worker.backends.cuda.device import operators_directory
     from worker.backends.cuda.flashinfer_build import build, latent_operators, operators_of
@@ -46,7 +47,9 @@ def _warm_operators(cache: Path, architecture: str, model: Path, tp: int, block_
     spec = load_spec(model, "bfloat16")
     for group in spec.kv_groups:
         if group.kind == "latent":
-            operators = latent_operators()
+            config = spec.config
+            assert isinstance(config, DeepseekConfig), spec.architecture
+            operators = latent_operators(config.nope_dim + config.rope_dim, config.value_dim)
         else:
             ratio = -(-spec.heads // tp) // group.local_heads(Topology(tp))
             operators = operators_of(group.key_dim, ratio, block_tokens)

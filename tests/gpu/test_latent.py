@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -360,6 +361,30 @@ def test_rope_and_store(loaded: Any, case: Case, tokens: int) -> None:
     assert torch.equal(world.cache.lines[skipped], before[skipped])
 
 
+@pytest.mark.parametrize(("first", "width"), [(24, 512), (5, 96), (0, 7)])
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_columns_of_a_wider_matrix_are_normed(
+    loaded: Any, dtype: torch.dtype, first: int, width: int
+) -> None:
+    from worker.backends.cuda.backend import CudaBackend
+
+    generator = torch.Generator("cuda").manual_seed(first)
+    wide = torch.randn(33, first + width + 11, generator=generator, device="cuda").to(dtype)
+    weight = torch.randn(width, generator=generator, device="cuda").to(dtype)
+    before, columns = wide.clone(), slice(first, first + width)
+    given = before[:, columns].double()
+    want = given * torch.rsqrt(given.square().mean(1, keepdim=True) + 1e-6) * weight.double()
+    backend = CudaBackend(torch.device("cuda"), loaded[0], None)  # type: ignore[arg-type]
+    found = backend.rms_norm(wide[:, columns], weight, 1e-6)
+    assert found.is_contiguous()
+    agree(found, want)
+    assert torch.equal(wide, before)
+    backend.norm_heads(wide[:, columns], weight, 1e-6)
+    assert torch.equal(wide[:, columns], found)
+    assert torch.equal(wide[:, :first], before[:, :first])
+    assert torch.equal(wide[:, first + width :], before[:, first + width :])
+
+
 # Whole steps.
 
 
@@ -418,3 +443,15 @@ def test_decode_graphs_give_the_bits_of_single_launches(
             Driver(instance, depth=2).run(some)  # type: ignore[arg-type]
         outcomes.append(outcome(some))
     assert outcomes[0] == outcomes[1]
+
+
+def test_no_step_waits_for_the_device(models: dict[str, Path]) -> None:
+    with cuda_instance(models["small-latent"], **LIMITS, dtype="bfloat16") as instance:
+        Driver(instance, depth=2, chunk=40).run(jobs(512, 6, 4))  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # It says that it does not see every way of waiting.
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            Driver(instance, depth=2, chunk=40).run(jobs(512, 6, 5))  # type: ignore[arg-type]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

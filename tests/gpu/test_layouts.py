@@ -33,11 +33,12 @@ from tests.server import Server, title, until  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
-MODELS = ("tiny-8-8", "tiny-8-2")
-"""8 heads; 8 KV heads, or 2, which ranks of more than 2 a group have copies of."""
+MODELS = ("tiny-8-8", "tiny-8-2", "tiny-latent")
+"""8 heads; 8 KV heads, or 2, or one latent, which ranks of more than 2 or 1 a group have copies of."""
 LAYOUTS = [
     *[("tiny-8-2", tp, pp) for tp, pp in ((2, 1), (4, 1), (8, 1), (1, 2), (2, 2))],
     *[("tiny-8-8", tp, pp) for tp, pp in ((8, 1), (1, 4))],
+    ("tiny-latent", 4, 1),
 ]
 LIMITS = ("--dtype=float32", "--max-rows=8", "--step-tokens=64", "--context=256")
 GIB_A_RANK = 2

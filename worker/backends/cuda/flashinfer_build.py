@@ -54,9 +54,13 @@ def operators_of(dim: int, ratio: int, block_tokens: int) -> tuple[Operator, ...
     return tuple(operators)
 
 
-def latent_operators() -> tuple[Operator, ...]:
-    """Return what bf16 attention over latents of DeepSeek-V3's shape uses where it expands them."""
-    dim, value_dim = _LATENT_DIMS
+def latent_operators(dim: int, value_dim: int) -> tuple[Operator, ...]:
+    """Return what bf16 attention over latents uses where it expands them to keys and values of such dims.
+
+    Empty where only our own kernels serve the shape.
+    """
+    if (dim, value_dim) != _LATENT_DIMS:
+        return ()
     name = prefill_name(dim, is_fa3=True, value_dim=value_dim)
     return (Operator(name, lambda: _describe_prefill("fa3", dim, value_dim)),)
 
