@@ -28,6 +28,11 @@ def test_every_proposal_multiplies(rows: int, outputs: int, k: int, dtype: torch
         assert lt.multiply(x, weight, out, algorithm)
         error = (out.double() - expected).norm() / expected.norm()
         assert error < (4e-3 if dtype == torch.bfloat16 else 1e-5)
+        before = torch.randn(rows, outputs, device="cuda").mul_(k**0.5).to(dtype)
+        out = before.clone()
+        assert lt.multiply(x, weight, out, algorithm, adds=True)
+        total = expected + before.double()
+        assert (out.double() - total).norm() / total.norm() < (4e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_a_table_is_measured_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,18 @@ def test_the_chosen_way_at_every_number_of_rows(linear, monkeypatch, outputs: in
             assert_near(fused, swiglu(want), 2.0**-5, 2e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 300, 1025])
+def test_a_product_is_added_to_what_is_there(linear, rows: int, dtype: torch.dtype) -> None:
+    x, weight = factors(rows, 1000, 576, dtype)
+    residual = torch.randn(rows + 1, 1000, device="cuda").to(dtype)
+    before = residual.clone()
+    linear.add(residual[:rows], x, weight)
+    relative, absolute = (2.0**-7, 2e-2) if dtype == torch.bfloat16 else (1e-5, 1e-5)
+    assert_near(residual[:rows], before[:rows].double() + product(x, weight), relative, absolute)
+    assert torch.equal(residual[rows], before[rows])
+
+
 @pytest.mark.parametrize("rows", [1, 17, 300])
 def test_float32_is_not_tf32(linear, rows: int) -> None:
     x, weight = factors(rows, 300, 1000, torch.float32)

@@ -16,7 +16,7 @@ class Attention:
 
         They are of each head's queries and keys before these rotate; None: there are none.
         """
-        self._backend = parts.backend
+        self._backend, self._comm = parts.backend, parts.comm
         self._qkv, self._o = parts.weights[f"{prefix}qkv"], parts.weights[f"{prefix}o"]
         self._cache = parts.cache[layer]
         queries, keys, values = parts.weights.pieces(f"{prefix}qkv")
@@ -32,9 +32,14 @@ class Attention:
             ]
 
     def __call__(
-        self, x: torch.Tensor, rotation: torch.Tensor, step: StepContext, wanted: Wanted | None = None
-    ) -> torch.Tensor:
-        """Return this rank's part [tokens, hidden], or [wanted, hidden].
+        self,
+        x: torch.Tensor,
+        rotation: torch.Tensor,
+        step: StepContext,
+        wanted: Wanted | None,
+        residual: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """See ``AttentionBlock``.
 
         ``rotation``: as in ``Backend.rope_and_store``. Keys and values of all tokens are stored.
         """
@@ -45,4 +50,5 @@ class Attention:
         rotated = self._backend.rope_and_store(qkv, rotation, self._cache, plan)
         if wanted is not None:
             rotated, plan = rotated.index_select(0, wanted.tokens), wanted.attention[self._cache.group]
-        return self._backend.linear(self._backend.attend(rotated, self._cache, plan), self._o)
+        attended = self._backend.attend(rotated, self._cache, plan)
+        return self._backend.linear_update(residual, attended, self._o, self._comm)

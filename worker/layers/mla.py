@@ -18,22 +18,29 @@ class MultiHeadLatentAttention:
     def __init__(self, parts: Parts, prefix: str, layer: int, config: DeepseekConfig) -> None:
         """Errors: ``UnsupportedModelError`` where the backend has no such attention."""
         weights = parts.weights
-        self._backend, self._group = parts.backend, parts.cache[layer].group
-        self._down, self._q = weights[f"{prefix}down_latents"], weights[f"{prefix}q"]
-        self._o = weights[f"{prefix}o"]
+        self._backend, self._comm = parts.backend, parts.comm
+        self._group = parts.cache[layer].group
+        self._down, self._q = weights.matrix(f"{prefix}down_latents"), weights.matrix(f"{prefix}q")
+        self._o = weights.matrix(f"{prefix}o")
         self._kv_norm = weights[f"{prefix}kv_norm"]
         self._q_norm = None
         if config.q_latent is not None:
             self._q_norm = RMSNorm(parts, f"{prefix}q_norm", LATENT_NORM_EPS)
         self._line_dim, self._latent = config.line_dim, config.kv_latent
         self._query_dim = config.nope_dim + config.rope_dim
-        up = LatentHeads(weights[f"{prefix}kv"], config.nope_dim, config.value_dim, config.softmax_scale)
+        kv = weights.matrix(f"{prefix}kv")
+        up = LatentHeads(kv, config.nope_dim, config.value_dim, config.softmax_scale)
         self._attention = parts.backend.latent_attention(up, parts.cache[layer])
 
     def __call__(
-        self, x: torch.Tensor, rotation: torch.Tensor, step: StepContext, wanted: Wanted | None = None
-    ) -> torch.Tensor:
-        """Return this rank's part [tokens, hidden], or [wanted, hidden].
+        self,
+        x: torch.Tensor,
+        rotation: torch.Tensor,
+        step: StepContext,
+        wanted: Wanted | None,
+        residual: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """See ``AttentionBlock``.
 
         ``rotation``: [tokens, 3, rope_dim / 2], as in ``Backend.rope_and_store``. All tokens are stored.
         """
@@ -43,7 +50,8 @@ class MultiHeadLatentAttention:
         if wanted is not None:
             queries, lines = queries.index_select(0, wanted.tokens), lines.index_select(0, wanted.tokens)
             plan = wanted.attention[self._group]
-        return self._backend.linear(self._attention.attend(queries, lines, plan), self._o)
+        attended = self._attention.attend(queries, lines, plan)
+        return self._backend.linear_update(residual, attended, self._o, self._comm)
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return queries [tokens, heads, query_dim] and lines [tokens, line_dim], not yet rotated."""

@@ -38,7 +38,12 @@ class MoE:
     ) -> None:
         """Errors: ``UnsupportedModelError`` where the backend cannot run such experts."""
         weights, comm = parts.weights, parts.comm
-        gate_up, down = weights[f"{prefix}experts_gate_up"], weights[f"{prefix}experts_down"]
+        gate_up = weights.matrix(f"{prefix}experts_gate_up")
+        down = weights.matrix(f"{prefix}experts_down")
+        if inputs_first:
+            assert isinstance(gate_up, torch.Tensor), type(gate_up)
+            assert isinstance(down, torch.Tensor), type(down)
+            gate_up, down = gate_up.mT, down.mT
         local = weights.local_parts(f"{prefix}experts_gate_up")
         self._routing, self._topology = routing, comm.topology
         self._shared = shared
@@ -46,8 +51,8 @@ class MoE:
             ExpertWeights(
                 router=weights[f"{prefix}router"],
                 bias=weights[f"{prefix}router_bias"] if routing.has_bias else None,
-                gate_up=gate_up.mT if inputs_first else gate_up,
-                down=down.mT if inputs_first else down,
+                gate_up=gate_up,
+                down=down,
                 first=local.start,
             ),
             routing,
@@ -63,17 +68,16 @@ class MoE:
             found[first : first + CHUNK_TOKENS] = self._of_chunk(x[first : first + CHUNK_TOKENS])
         return found
 
-    def after(self, residual: torch.Tensor, update: torch.Tensor, norm: RMSNorm) -> torch.Tensor | None:
-        """Sum attention's partial ``update``, add it to ``residual``, and return the part of their norm.
-
-        All [tokens, hidden]; the first two are changed in place. None: nothing is left to sum, the block is
-        in the residual already.
-        """
+    def after(
+        self, residual: torch.Tensor, update: torch.Tensor | None, norm: RMSNorm
+    ) -> torch.Tensor | None:
+        """See ``FeedForward.after``."""
         hidden_bytes = residual.shape[1] * residual.element_size()
         has_shared = self._shared is not None
         if splits_tokens(
             self._routing, residual.shape[0], hidden_bytes, self._topology, has_shared=has_shared
         ):
+            assert update is not None, "partial sums are pending where there is a group"
             self._exchange.run(residual, update, norm)
             return None
         return self(norm.after(residual, update))

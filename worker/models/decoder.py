@@ -15,19 +15,29 @@ class AttentionBlock(Protocol):
     """What a layer needs of its attention, whatever it is inside."""
 
     def __call__(
-        self, x: torch.Tensor, rotation: torch.Tensor, step: StepContext, wanted: Wanted | None
-    ) -> torch.Tensor:
-        """Return this rank's partial sum [tokens, hidden], or [wanted, hidden]."""
+        self,
+        x: torch.Tensor,
+        rotation: torch.Tensor,
+        step: StepContext,
+        wanted: Wanted | None,
+        residual: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Return this rank's partial sum, or None where it is in ``residual`` already.
+
+        Both [tokens, hidden], or [wanted, hidden].
+        """
 
 
 class FeedForward(Protocol):
     """What a layer needs of its other block: dense, or a mixture of experts."""
 
-    def after(self, residual: torch.Tensor, update: torch.Tensor, norm: RMSNorm) -> torch.Tensor | None:
+    def after(
+        self, residual: torch.Tensor, update: torch.Tensor | None, norm: RMSNorm
+    ) -> torch.Tensor | None:
         """Sum attention's partial ``update`` over the group, add it to ``residual``, and run on their norm.
 
-        All [tokens, hidden]; the first two are changed in place. Returns this rank's partial sum, or None
-        where the block's own sum is in the residual already.
+        All [tokens, hidden]; the first two are changed in place. None: nothing is pending. Returns this
+        rank's partial sum, or None where the block's own sum is in the residual already.
         """
 
 
@@ -75,9 +85,9 @@ class Decoder:
         for layer in self._layers:
             x = layer.attention_norm.after(hidden, update)
             wanted = step.wanted if layer is self._layers[-1] else None
-            update = layer.attention(x, rotation, step, wanted)
             if wanted is not None:
                 hidden = hidden.index_select(0, wanted.tokens)
+            update = layer.attention(x, rotation, step, wanted, hidden)
             update = layer.mlp.after(hidden, update, layer.mlp_norm)
         if update is not None:
             self._parts.backend.reduce_add(hidden, update, self._parts.comm)

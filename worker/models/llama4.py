@@ -51,7 +51,7 @@ class _Attention:
     """Grouped-query attention that rotates and norms its queries and keys, or scales its queries."""
 
     def __init__(self, parts: Parts, prefix: str, layer: int, config: Llama4Config) -> None:
-        self._backend, self._config = parts.backend, config
+        self._backend, self._comm, self._config = parts.backend, parts.comm, config
         self._qkv, self._o = parts.weights[f"{prefix}qkv"], parts.weights[f"{prefix}o"]
         self._cache = parts.cache[layer]
         queries, keys, _ = parts.weights.pieces(f"{prefix}qkv")
@@ -61,9 +61,14 @@ class _Attention:
         self._ones = torch.ones(config.head_dim, dtype=self._qkv.dtype, device=parts.backend.device)
 
     def __call__(
-        self, x: torch.Tensor, rotation: torch.Tensor, step: StepContext, wanted: Wanted | None = None
-    ) -> torch.Tensor:
-        """Return this rank's part [tokens, hidden], or [wanted, hidden]."""
+        self,
+        x: torch.Tensor,
+        rotation: torch.Tensor,
+        step: StepContext,
+        wanted: Wanted | None,
+        residual: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """See ``AttentionBlock``."""
         backend, config, plan = self._backend, self._config, step.attention[self._cache.group]
         qkv = backend.linear(x, self._qkv)
         if self._rotates:
@@ -76,7 +81,8 @@ class _Attention:
         asked = backend.store(qkv, self._cache, plan)
         if wanted is not None:
             asked, plan = asked.index_select(0, wanted.tokens), wanted.attention[self._cache.group]
-        return backend.linear(backend.attend(asked, self._cache, plan), self._o)
+        attended = backend.attend(asked, self._cache, plan)
+        return backend.linear_update(residual, attended, self._o, self._comm)
 
     def _temperature(self, positions: torch.Tensor) -> torch.Tensor:
         """Return what queries at positions [tokens] are multiplied with, float32 [tokens, 1].

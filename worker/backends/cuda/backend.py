@@ -14,9 +14,12 @@ from worker.backends.cuda.elementwise import Elementwise
 from worker.backends.cuda.launch import Kernels
 from worker.backends.cuda.linear import Linear
 from worker.backends.cuda.moe import CudaExperts
-from worker.backends.cuda.pieces import Pieces
+from worker.backends.cuda.pieces import SIZES, Pieces
 from worker.comm import Communicator
 from worker.context import AttentionPlan
+
+_ROWS_ADDED_BY_LINEAR = SIZES[-1] + 1
+"""Steps that no graph holds. What a smaller one would spare lies in the L2 cache."""
 
 
 class PlannedAttention(Protocol):
@@ -69,6 +72,15 @@ class CudaBackend:
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See ``Backend.linear``."""
         return self._linear(x, weight)
+
+    def linear_update(
+        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, comm: Communicator
+    ) -> torch.Tensor | None:
+        """See ``Backend.linear_update``; by the number of rows alone, so a step's bits are its own."""
+        if comm.topology.tp > 1 or x.shape[0] < _ROWS_ADDED_BY_LINEAR:
+            return self._linear(x, weight)
+        self._linear.add(residual, x, weight)
+        return None
 
     def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See ``Backend.logits``."""

@@ -100,9 +100,15 @@ class CublasLt:
         return [Algorithm(tuple(one.algorithm), one.workspace) for one in found[: count.value]]
 
     def multiply(
-        self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, algorithm: Algorithm
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        algorithm: Algorithm,
+        *,
+        adds: bool = False,
     ) -> bool:
-        """Write ``x @ weight.T`` to ``out`` on the current stream; all are contiguous.
+        """Write ``x @ weight.T`` to ``out``, or add it, on the current stream; all are contiguous.
 
         False where the algorithm does not take this shape: nothing was launched.
         """
@@ -122,7 +128,7 @@ class CublasLt:
             shape.a,
             ctypes.c_void_p(x.data_ptr()),
             shape.b,
-            ctypes.byref(self._zero),
+            ctypes.byref(self._one if adds else self._zero),
             to,
             shape.c,
             to,

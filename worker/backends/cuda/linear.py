@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from worker.backends.cuda.cublaslt import CublasLt
+from worker.backends.cuda.cublaslt import Algorithm, CublasLt
 from worker.backends.cuda.gemm_table import GemmTable
 from worker.backends.cuda.launch import Kernel, Kernels
 from worker.backends.cuda.linear_table import CUBLAS, GEMV_ROWS, Choice, choose
@@ -39,16 +39,30 @@ class Linear:
         self.run(choice, x, weight, out)
         return out
 
+    def add(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add ``x @ weight.T`` to ``residual`` [rows, out] in place, in one product of cuBLAS's."""
+        algorithm = self._measured(x, weight, residual.dtype)
+        if algorithm is not None and residual.is_contiguous():
+            assert self._lt is not None
+            if self._lt.multiply(x, weight, residual, algorithm, adds=True):
+                return
+        residual.addmm_(x, weight.t())
+
     def _by_cublas(self, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if self._lt is not None and self._table is not None and x.dtype == torch.bfloat16:
-            algorithm = self._table.get(x.shape[0], weight.shape[0], x.shape[1], dtype)
-            if algorithm is not None and x.is_contiguous():
-                out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
-                if self._lt.multiply(x, weight, out, algorithm):
-                    return out
+        algorithm = self._measured(x, weight, dtype)
+        if algorithm is not None:
+            assert self._lt is not None
+            out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+            if self._lt.multiply(x, weight, out, algorithm):
+                return out
         if dtype == x.dtype:
             return functional.linear(x, weight)
         return torch.mm(x, weight.t(), out_dtype=dtype)
+
+    def _measured(self, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> Algorithm | None:
+        if self._lt is None or self._table is None or x.dtype != torch.bfloat16 or not x.is_contiguous():
+            return None
+        return self._table.get(x.shape[0], weight.shape[0], x.shape[1], dtype)
 
     def gated(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
         """Return silu(gate) · up of ``x @ weight.T`` with weight [gate | up], in one kernel.
