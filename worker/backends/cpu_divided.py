@@ -222,16 +222,12 @@ def ask(
 
     ``queries``: by row, [n, heads, query_dim].
     """
-    division = plan.division
     for asked in plan.ways(question, cache, next(iter(queries.values())).element_size()).asked:
-        mine = torch.cat([queries[row] for row in asked.rows])
         counts = [plan.rows[row].count for row in asked.rows]
+        mine = torch.cat([queries[row] for row in asked.rows])
         # [tokens, heads of all ranks, query_dim]: they share the KV head that this rank keeps a part of.
-        everyone = division.group.all_gather(mine).transpose(0, 1).flatten(1, 2)
-        found = mine.new_zeros(*everyone.shape[:2], question.found_dim)
-        lse = torch.full(everyone.shape[:2], -torch.inf)
+        everyone = plan.division.group.all_gather(mine).transpose(0, 1).flatten(1, 2)
         of_row = dict(zip(asked.rows, torch.split(everyone, counts), strict=True))
-        places = dict(zip(asked.rows, torch.split(torch.arange(len(mine)), counts), strict=True))
         merged: dict[int, Part] = {}
         for source, lines in gathered(cache, asked.sources, plan.page_tokens, scratch, mine.dtype):
             keys, values = keys_values(lines)
@@ -240,12 +236,19 @@ def ask(
                 part = attention(of_row[piece.row], keys[:, seen], values[:, seen], scale=scale)
                 before = merged.get(piece.row)
                 merged[piece.row] = part if before is None else merge(before, part)
-        for row, (out, own_lse) in merged.items():
+        # Let go of all heads' queries before sums are weighed, and of sums before the next rows ask.
+        shape = everyone.shape[:2]
+        del everyone, of_row
+        found, lse = mine.new_zeros(*shape, question.found_dim), torch.full(shape, -torch.inf)
+        places = dict(zip(asked.rows, torch.split(torch.arange(len(mine)), counts), strict=True))
+        for row in tuple(merged):
+            out, own_lse = merged.pop(row)
             found[places[row]] = out[..., : question.found_dim]
             lse[places[row]] = own_lse.reshape(1, -1) if len(out) == 1 else own_lse[0].t()
-        whole, whole_lse = merge_over(division, found, lse)
+        own, whole_lse = merge_over(plan.division, found, lse)
+        del found
         for row, at in places.items():
-            yield row, (whole[at], whole_lse[at].t()[None])
+            yield row, (own[at], whole_lse[at].t()[None])
 
 
 def merge_over(division: Division, found: torch.Tensor, lse: torch.Tensor) -> Part:
