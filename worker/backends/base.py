@@ -34,43 +34,6 @@ class Int4Weight:
     scales: torch.Tensor
     """[..., out, in / 32]."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Unpacked: [..., out, in]."""
-        return (*self.words.shape[:-1], self.words.shape[-1] * 8)
-
-    def __getitem__(self, part: int | slice) -> "Int4Weight":
-        """Return some of what the first dimension counts, a view."""
-        return Int4Weight(self.words[part], self.scales[part])
-
-
-@dataclass(frozen=True, slots=True)
-class BlockFloat8Weight:
-    """Weights of eight bits in blocks of 128 × 128, as DeepSeek-V3's checkpoints have them.
-
-    Element [i, k] is code [i, k] · scale [i // 128, k // 128]. A matrix begins with a whole block; the last
-    ones of its rows and columns may be less.
-    """
-
-    codes: torch.Tensor
-    """float8_e4m3fn [..., out, in]."""
-    scales: torch.Tensor
-    """float32 [..., ceil(out / 128), ceil(in / 128)]."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Unpacked: [..., out, in]."""
-        return tuple(self.codes.shape)
-
-    def __getitem__(self, part: int) -> "BlockFloat8Weight":
-        """Return one matrix of a stack, a view."""
-        assert self.codes.dim() > 2, self.shape
-        return BlockFloat8Weight(self.codes[part], self.scales[part])
-
-
-Weight = torch.Tensor | Int4Weight | BlockFloat8Weight
-"""A matrix, or a stack of them, as it lies in memory."""
-
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
@@ -80,11 +43,11 @@ class ExpertWeights:
     """[experts, hidden]."""
     bias: torch.Tensor | None
     """[experts], float32: corrects the scores for the choice; None: nothing does."""
-    gate_up: Weight
+    gate_up: torch.Tensor
     """[local experts, 2 * width, hidden], each expert's gate first and then up; width: this rank's part of
     an expert's inner features. May be a view of what lies in memory as [local experts, hidden, 2 * width],
     which its strides then say."""
-    down: Weight
+    down: torch.Tensor
     """[local experts, hidden, width]; or a view likewise."""
     first: int = 0
     """Id of the first local expert; the others follow it. Where experts are cut, all are local."""
@@ -112,7 +75,7 @@ class Experts(Protocol):
 class LatentHeads:
     """What this rank's heads make of cached latents: head h has keys [Kₕ c, r] and values Vₕ c."""
 
-    up: Weight
+    up: torch.Tensor
     """[heads * (nope_dim + value_dim), latent]: of each head Kₕ, then Vₕ."""
     nope_dim: int
     value_dim: int
@@ -121,17 +84,16 @@ class LatentHeads:
 
     @property
     def keys(self) -> torch.Tensor:
-        """The view K, [heads, nope_dim, latent], where ``up`` is not packed."""
+        """The view K, [heads, nope_dim, latent]."""
         return self._by_head[:, : self.nope_dim]
 
     @property
     def values(self) -> torch.Tensor:
-        """The view V, [heads, value_dim, latent], likewise."""
+        """The view V, [heads, value_dim, latent]."""
         return self._by_head[:, self.nope_dim :]
 
     @property
     def _by_head(self) -> torch.Tensor:
-        assert isinstance(self.up, torch.Tensor), type(self.up)
         return self.up.view(-1, self.nope_dim + self.value_dim, self.up.shape[1])
 
 
@@ -166,8 +128,8 @@ class Backend(Protocol):
     def device(self) -> torch.device:
         """Where tensors live."""
 
-    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
-        """Return ``x @ weight.T`` in x's dtype; weight is [out, in]. A packed one is never unpacked whole."""
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return ``x @ weight.T``; weight is [out, in]."""
 
     def linear_update(
         self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, comm: Communicator
@@ -177,7 +139,7 @@ class Backend(Protocol):
         None where the product was added to ``residual`` in place: without a group, where that is faster.
         """
 
-    def logits(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return ``x @ weight.T`` in float32, whatever the dtype of its factors."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -202,7 +164,7 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """``reduce_add``, then return the norm of the new residual: one kernel where that is faster."""
 
-    def swiglu_linear(self, x: torch.Tensor, gate_up: Weight) -> torch.Tensor:
+    def swiglu_linear(self, x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
         """Return silu(gate) · up of ``x @ gate_up.T``, whose features are gate first and then up."""
 
     def experts(self, weights: ExpertWeights, routing: Routing) -> Experts:
