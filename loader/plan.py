@@ -30,7 +30,11 @@ PAGE_BYTES = 4096
 __all__ = ["BLOCK_BYTES", "LoadPlan", "Placement", "Read", "plan_load"]
 
 
-class Placement(msgspec.Struct, frozen=True):
+# Structs of which there are hundreds of thousands are left out of garbage collections, which would go
+# through them all again and again: they hold no cycles.
+
+
+class Placement(msgspec.Struct, frozen=True, gc=False):
     """A matrix of elements inside a read, and its place in one rank's arena. Strides are in bytes."""
 
     rank: int
@@ -54,7 +58,7 @@ class Placement(msgspec.Struct, frozen=True):
         return self.rows == 1 and self.source_dtype == self.dtype
 
 
-class Read(msgspec.Struct, frozen=True):
+class Read(msgspec.Struct, frozen=True, gc=False):
     """One run of a file that one rank reads."""
 
     file: int
@@ -81,11 +85,20 @@ class LoadPlan(msgspec.Struct, frozen=True):
 
     files: tuple[FileEntry, ...]
     reads: tuple[tuple[Read, ...], ...]
-    """Per rank, in order of file and offset."""
+    """Per rank, in order of file and offset; of those alone that the plan was asked for."""
     arena_bytes: tuple[int, ...]
     """Size of each rank's arena."""
-    exchanged_bytes: int
-    """Arena bytes written by another rank than their owner."""
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """Arena bytes written by another rank than their owner."""
+        return sum(
+            p.rows * p.columns * DTYPE_BYTES[p.dtype]
+            for mine in self.reads
+            for read in mine
+            for p in read.placements
+            if p.rank != read.rank
+        )
 
     def bytes_read(self, rank: int) -> int:
         """Return what one rank reads."""
@@ -97,19 +110,31 @@ class LoadPlan(msgspec.Struct, frozen=True):
         return sum(self.bytes_read(rank) for rank in range(len(self.reads)))
 
 
-class _Want(msgspec.Struct, frozen=True):
-    """Rows and columns of a tensor, seen as a matrix, that one rank draws from."""
+class _Slice(msgspec.Struct, frozen=True, gc=False):
+    """Rows and columns of a tensor, seen as a matrix, and their place in a rank's parameter."""
 
-    rank: int
     rows: range
     columns: range
+    offset: int
+    """Bytes from the parameter's first to the first row's first column."""
+    stride: int
+
+
+class _Want(msgspec.Struct, frozen=True, gc=False):
+    """What one rank draws from a tensor."""
+
+    rank: int
+    slice: _Slice
     dtype: str
-    arena_offset: int
-    """Of the first row's first column."""
-    arena_stride: int
+    parameter_offset: int
+    """The parameter's first byte in the rank's arena."""
+
+    @property
+    def arena_offset(self) -> int:
+        return self.parameter_offset + self.slice.offset
 
 
-class _Run(msgspec.Struct, frozen=True):
+class _Run(msgspec.Struct, frozen=True, gc=False):
     """Rows of a tensor that the same ranks want."""
 
     tensor: TensorEntry
@@ -131,60 +156,75 @@ class _Run(msgspec.Struct, frozen=True):
 
 
 def plan_load(
-    model: ModelSpec, checkpoint: Checkpoint, topology: Topology, stages: tuple[range, ...]
+    model: ModelSpec,
+    checkpoint: Checkpoint,
+    topology: Topology,
+    stages: tuple[range, ...],
+    only: int | None = None,
 ) -> LoadPlan:
     """Return who reads what. ``checkpoint`` has passed ``check_against(model, checkpoint)``.
 
-    ``stages`` are the layers of each pipeline stage. All ranks are on this machine.
+    ``stages`` are the layers of each pipeline stage. All ranks are on this machine. ``only``: the one rank
+    whose reads are wanted; None: those of all.
     """
     arenas = [arena(model, topology, stages, rank) for rank in range(topology.world_size)]
     wants: dict[str, list[_Want]] = defaultdict(list)
+    slicing = _Slicing()
     for held in arenas:
-        for source, want in _wants(held, topology):
+        for source, want in _wants(held, topology, slicing):
             wants[source].append(want)
-    runs = [run for source, found in wants.items() for run in _runs(checkpoint.tensors[source], found)]
+    cutting = _Cutting()
+    runs = [
+        run for source, found in wants.items() for run in cutting.runs(checkpoint.tensors[source], found)
+    ]
     reads = tuple(
-        tuple(_merge([read for run in mine for read in _blocks(rank, run)]))
+        tuple(_merge(_reads(rank, mine))) if only in (None, rank) else ()
         for rank, mine in enumerate(_assign(runs, topology.world_size))
     )
-    exchanged = sum(
-        p.rows * p.columns * DTYPE_BYTES[p.dtype]
-        for mine in reads
-        for read in mine
-        for p in read.placements
-        if p.rank != read.rank
-    )
-    return LoadPlan(checkpoint.files, reads, tuple(a.size for a in arenas), exchanged)
+    return LoadPlan(checkpoint.files, reads, tuple(a.size for a in arenas))
 
 
-def _wants(held: Arena, topology: Topology) -> Iterator[tuple[str, _Want]]:
+def _wants(held: Arena, topology: Topology, slicing: "_Slicing") -> Iterator[tuple[str, _Want]]:
     """Yield what one rank draws from each checkpoint tensor."""
     for placed in held.placed:
         if placed.is_alias:
             continue
         spec = placed.spec
         local = spec.flat_shape(topology)
+        row_bytes = math.prod(local[1:]) * DTYPE_BYTES[spec.dtype]
         for piece in spec.pieces(topology, topology.tp_rank(held.rank)):
             if piece.end > piece.start:
-                for want in _matrix_slices(piece, held.rank, placed.offset, local, spec.dtype):
-                    yield piece.source, want
+                offset = placed.offset + piece.row * row_bytes
+                for part in slicing.slices(piece, local, spec.dtype):
+                    yield piece.source, _Want(held.rank, part, spec.dtype, offset)
 
 
-def _matrix_slices(
-    piece: Piece, rank: int, offset: int, local: tuple[int, ...], dtype: str
-) -> Iterator[_Want]:
+class _Slicing:
+    """``_matrix_slices``, once for all pieces that are alike: those of the same place in every layer."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], tuple[_Slice, ...]] = {}
+
+    def slices(self, piece: Piece, local: tuple[int, ...], dtype: str) -> tuple[_Slice, ...]:
+        key = (piece.source_shape, piece.dim, piece.start, piece.end, piece.destination, local, dtype)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = tuple(_matrix_slices(piece, local, DTYPE_BYTES[dtype]))
+        return found
+
+
+def _matrix_slices(piece: Piece, local: tuple[int, ...], size: int) -> Iterator[_Slice]:
     """Say a slice of an n-dimensional tensor in rows and columns of the matrix [rest, last dimension].
 
     A slice of the last dimension is a range of columns of all rows; of any other one, a range of rows
-    for each index of the dimensions before it. One dimension is a matrix of one column.
+    for each index of the dimensions before it. One dimension is a matrix of one column. ``size``: bytes of
+    an element of the parameter, which ``piece.row`` is not counted in.
     """
-    shape, size = piece.source_shape, DTYPE_BYTES[dtype]
-    offset += piece.row * math.prod(local[1:]) * size
+    shape = piece.source_shape
     columns = shape[-1] if len(shape) > 1 else 1
     if piece.dim > 0 and piece.dim == len(shape) - 1:
         rows, stride = range(math.prod(shape[:-1])), local[-1] * size
-        at = offset + piece.destination * size
-        yield _Want(rank, rows, range(piece.start, piece.end), dtype, at, stride)
+        yield _Slice(rows, range(piece.start, piece.end), piece.destination * size, stride)
         return
     inner = math.prod(shape[piece.dim + 1 :]) // columns if len(shape) > 1 else 1
     for outer in range(math.prod(shape[: piece.dim])):
@@ -192,32 +232,52 @@ def _matrix_slices(
         rows = range((first + piece.start) * inner, (first + piece.end) * inner)
         row = (outer * local[piece.dim] + piece.destination) * inner
         stride = columns * size
-        yield _Want(rank, rows, range(columns), dtype, offset + row * stride, stride)
+        yield _Slice(rows, range(columns), row * stride, stride)
 
 
-def _runs(tensor: TensorEntry, wants: list[_Want]) -> list[_Run]:
-    """Cut a tensor's rows where the set of ranks that want them changes; unwanted rows are left out."""
-    columns = tensor.shape[-1] if len(tensor.shape) > 1 else 1
-    row_bytes = columns * DTYPE_BYTES[SERVED_DTYPES[tensor.dtype]]
-    borders = sorted({edge for want in wants for edge in (want.rows.start, want.rows.stop)})
+class _Cutting:
+    """Cuts tensors' rows where the set of ranks that want them changes; unwanted rows are left out.
+
+    Where the borders are is found once for all tensors whose rows are wanted alike.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], list[tuple[range, tuple[int, ...]]]] = {}
+
+    def runs(self, tensor: TensorEntry, wants: list[_Want]) -> Iterator[_Run]:
+        columns = tensor.shape[-1] if len(tensor.shape) > 1 else 1
+        row_bytes = columns * DTYPE_BYTES[SERVED_DTYPES[tensor.dtype]]
+        key = tuple(edge for want in wants for edge in (want.slice.rows.start, want.slice.rows.stop))
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = _borders(wants)
+        for rows, here in found:
+            yield _Run(tensor, row_bytes, rows, tuple(wants[index] for index in here))
+
+
+def _borders(wants: list[_Want]) -> list[tuple[range, tuple[int, ...]]]:
+    """Return rows that the same wants, by their index, cover."""
+    rows = [want.slice.rows for want in wants]
+    edges = sorted({edge for one in rows for edge in (one.start, one.stop)})
     return [
-        _Run(tensor, row_bytes, range(start, stop), here)
-        for start, stop in pairwise(borders)
-        if (here := tuple(w for w in wants if w.rows.start <= start and stop <= w.rows.stop))
+        (range(start, stop), here)
+        for start, stop in pairwise(edges)
+        if (here := tuple(i for i, one in enumerate(rows) if one.start <= start and stop <= one.stop))
     ]
 
 
 def _assign(runs: list[_Run], ranks: int) -> list[list[_Run]]:
-    """Give every run to a rank, in order of file and offset."""
+    """Give every run to a rank, in no order."""
     given: list[list[_Run]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     shared = []
     for run in runs:
-        owners = {want.rank for want in run.wants}
-        if len(owners) > 1:
-            shared.append((run, owners))
-            continue
-        (owner,) = owners
+        owner = run.wants[0].rank
+        if len(run.wants) > 1:
+            owners = {want.rank for want in run.wants}
+            if len(owners) > 1:
+                shared.append((run, owners))
+                continue
         given[owner].append(run)
         loads[owner] += run.size
     # Largest first, so that the small ones even out what is left.
@@ -232,8 +292,6 @@ def _assign(runs: list[_Run], ranks: int) -> list[list[_Run]]:
                 loads[rank] += (until - done) * run.row_bytes
                 done = until
         assert done == len(run.rows), (run.tensor.name, done)
-    for mine in given:
-        mine.sort(key=lambda run: (run.tensor.file, run.offset))
     return given
 
 
@@ -245,6 +303,12 @@ def _level(loads: list[int], owners: set[int], amount: int) -> list[tuple[int, f
         if len(chosen) == 1 or level - loads[chosen[-1]] >= SHARE_BYTES:
             return [(rank, level - loads[rank]) for rank in sorted(chosen)]
         chosen.pop()
+
+
+def _reads(rank: int, runs: list[_Run]) -> list[Read]:
+    """Return a rank's runs as reads, in order of file and offset."""
+    runs.sort(key=lambda run: (run.tensor.file, run.offset))
+    return [read for run in runs for read in _blocks(rank, run)]
 
 
 def _blocks(rank: int, run: _Run) -> Iterator[Read]:
@@ -262,11 +326,12 @@ def _blocks(rank: int, run: _Run) -> Iterator[Read]:
 
 def _placement(run: _Run, want: _Want) -> Placement:
     source = SERVED_DTYPES[run.tensor.dtype]
-    rows, columns = len(run.rows), len(want.columns)
-    arena_offset = want.arena_offset + (run.rows.start - want.rows.start) * want.arena_stride
+    wanted = want.slice
+    rows, columns = len(run.rows), len(wanted.columns)
+    arena_offset = want.arena_offset + (run.rows.start - wanted.rows.start) * wanted.stride
     if (
         columns * DTYPE_BYTES[source] == run.row_bytes
-        and columns * DTYPE_BYTES[want.dtype] == want.arena_stride
+        and columns * DTYPE_BYTES[want.dtype] == wanted.stride
     ):
         rows, columns = 1, rows * columns
     return Placement(
@@ -276,10 +341,10 @@ def _placement(run: _Run, want: _Want) -> Placement:
         dtype=want.dtype,
         rows=rows,
         columns=columns,
-        source_offset=want.columns.start * DTYPE_BYTES[source],
+        source_offset=wanted.columns.start * DTYPE_BYTES[source],
         source_stride=run.row_bytes,
         arena_offset=arena_offset,
-        arena_stride=want.arena_stride,
+        arena_stride=wanted.stride,
     )
 
 

@@ -132,7 +132,7 @@ def boot_rank(boot: Boot, send: Send) -> Booted:
             raise LayoutError(
                 f"{len(stages)} stages were sent for a pipeline of {boot.topology.pp}", field="pp"
             )
-        plan = plan_load(spec, checkpoint, boot.topology, stages)
+        plan = plan_load(spec, checkpoint, boot.topology, stages, only=boot.rank)
         held = arena(spec, boot.topology, stages, boot.rank)
         memories = {rank: _map(boot, rank, plan.arena_bytes[rank]) for rank in range(len(boot.arena_fds))}
     reading = Load(boot, plan, {rank: memoryview(memory) for rank, memory in memories.items()}, send)

@@ -153,7 +153,8 @@ layouts = st.fixed_dictionaries(
         "layers": st.integers(1, 5),
         "vocab": st.integers(1, 50),
         "tied": st.booleans(),
-        "experts": st.sampled_from([0, 0, 1, 3]),
+        "experts": st.sampled_from([0, 0, 1, 3, 8]),
+        "is_placed": st.booleans(),
         "tp": st.sampled_from([1, 2, 3, 4, 8]),
         "pp": st.integers(1, 4),
         "dtype": st.sampled_from(["float32", "bfloat16"]),
@@ -187,7 +188,8 @@ def check_layout(case: dict[str, Any], directory: Path) -> None:
     tp = case["tp"] if heads % case["tp"] == 0 else 1
     if case["kv_heads"] % tp and tp % case["kv_heads"]:
         tp = 1
-    topology = Topology(tp=tp, pp=min(case["pp"], case["layers"]))
+    ep = tp if case["is_placed"] and case["experts"] % tp == 0 else 1
+    topology = Topology(tp=tp, pp=min(case["pp"], case["layers"]), ep=ep)
     stages = even_stages(case["layers"], topology.pp)
     write_checkpoint(directory, model, case["on_disk"], case["shards"], case["seed"])
     for file in directory.glob("*.safetensors"):
@@ -198,6 +200,11 @@ def check_layout(case: dict[str, Any], directory: Path) -> None:
         patch.setattr(plan_module, "BLOCK_BYTES", case["block"])
         patch.setattr(plan_module, "SHARE_BYTES", case["share"])
         plan = plan_load(model, checkpoint, topology, stages)
+        for rank in range(topology.world_size):
+            alone = plan_load(model, checkpoint, topology, stages, only=rank)
+            assert alone.reads[rank] == plan.reads[rank]
+            assert alone.arena_bytes == plan.arena_bytes
+            assert not any(reads for other, reads in enumerate(alone.reads) if other != rank)
     check_reads(plan, model, directory)
     arenas = run_all(plan, case["threads"])
     for rank, held in enumerate(arenas):
