@@ -51,6 +51,10 @@ class KVGroup(msgspec.Struct, frozen=True):
             return position - position % self.window
         return max(position - self.window + 1, 0) if self.kind == "sliding" else 0
 
+    def most_seen(self, context: float) -> float:
+        """Return the most tokens that a query of a context so long sees."""
+        return min(context, self.window) if self.is_local else context
+
     @property
     def scales_per_head(self) -> int:
         """Bytes of scales that a token has in each head of a float8 cache: its key's and its value's."""

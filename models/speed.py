@@ -256,14 +256,16 @@ class _Stage:
         for group in self._model.kv_groups:
             here = sum(1 for layer in group.layers if layer in self._layers)
             # Of a prompt, or of a chunk of one, a token sees half; of a window, nearly all.
-            seen = min(prompt / 2, group.window / (2 if group.kind == "chunked" else 1) or prompt)
+            seen = group.most_seen(prompt) / 2
+            if group.kind == "sliding":
+                seen = min(prompt / 2, group.window)
             dims = group.computed_dims or group.key_dim + group.value_dim
             total += here * 2 * dims * seen * prompt
         return total * self._model.heads / self._topology.tp
 
 
 def _seen(group: KVGroup, context: int) -> int:
-    return min(context, group.window) if group.window else context
+    return int(group.most_seen(context))
 
 
 def _others(model: ModelSpec, topology: Topology, stage: int, machines: Machines) -> list[_Message]:

@@ -68,7 +68,7 @@ class WarmUp:
     def _attention_flops(self, context: float) -> float:
         """Return 2 × the multiply-adds of one token's scores and sums over a context, all layers."""
         return sum(
-            2.0 * self._spec.heads * (g.key_dim + g.value_dim) * context * len(g.layers)
+            2.0 * self._spec.heads * (g.key_dim + g.value_dim) * g.most_seen(context) * len(g.layers)
             for g in self._spec.kv_groups
         )
 

@@ -51,6 +51,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "all chunked": {"no_rope_layers": [1] * 5, "moe_layers": [4], "num_hidden_layers": 5},
     "all global": {"layer_types": ["full_attention"] * 5, "attn_temperature_tuning": False},
+    "tied": {"tie_word_embeddings": True, "num_experts_per_tok": 4},
     "dense": {"moe_layers": [], "attention_chunk_size": 10},
     "conditional": {"rope_parameters": LLAMA3},
 }
@@ -152,7 +153,9 @@ def test_layout_matches_transformers(root: Path, variant: str, tp: int, pp: int)
     check_layout(root, variant, tp, pp)
 
 
-@pytest.mark.parametrize("variant", ["maverick", "two experts", "all chunked", "all global", "dense"])
+@pytest.mark.parametrize(
+    "variant", ["maverick", "two experts", "all chunked", "all global", "dense", "tied"]
+)
 def test_variant_matches_transformers(root: Path, variant: str) -> None:
     check_layout(root, variant, 2, 1)
 

@@ -164,7 +164,7 @@ def test_a_prompt_multiplies_what_a_latent_becomes_and_no_more_than_a_window() -
     model = tiny()
     (group,) = model.kv_groups
 
-    def attention_s(**changes: int) -> float:
+    def attention_s(**changes: int | str) -> float:
         changed = (msgspec.structs.replace(group, **changes),)
         cut = msgspec.structs.replace(model, kv_groups=changed)
         return matrix(1, 3_000_000, model=cut).layouts[0].first_token_s - products_s
@@ -173,7 +173,9 @@ def test_a_prompt_multiplies_what_a_latent_becomes_and_no_more_than_a_window() -
     whole, twice = attention_s(), attention_s(computed_dims=64)
     assert twice - whole == pytest.approx(4 * 2 * 4 * 32 * 512 * 256 / 1e9)
     products_s = 2 * whole - twice
-    assert attention_s(window=64) == pytest.approx(4 * 2 * 4 * 32 * 512 * 64 / 1e9)
+    assert attention_s(kind="sliding", window=64) == pytest.approx(4 * 2 * 4 * 32 * 512 * 64 / 1e9)
+    # Of a chunk a token sees half.
+    assert attention_s(kind="chunked", window=64) == pytest.approx(4 * 2 * 4 * 32 * 512 * 32 / 1e9)
 
 
 def test_the_tightest_rank_is_shown_and_all_degrees_multiply_to_the_gpus() -> None:
