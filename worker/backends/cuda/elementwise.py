@@ -50,6 +50,8 @@ class Elementwise:
         self, residual: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
         """Add ``update`` to ``residual`` in place; return the norm of the rounded sum."""
+        assert residual.is_contiguous(), residual.stride()
+        assert update.is_contiguous(), update.stride()
         name, threads = _norm_shape(residual, update, weight)
         out = torch.empty_like(residual)
         if residual.shape[0]:
