@@ -12,6 +12,8 @@ _FILE = "grouped"
 _SIGNATURE = "PPPPPPPii"
 _PLAIN_THREADS = 256
 _PLAIN_OUTPUTS = 16
+_NEIGHBOURS = 8
+"""Pieces of a tile's outputs whose blocks stand beside each other in the grid."""
 
 Weight = torch.Tensor | Int4Weight
 """Of a layer's local experts: [experts, outputs, k]; or such a view of [experts, k, outputs] in memory."""
@@ -77,8 +79,9 @@ class Grouped:
         kernel = self._known.get(name)
         if kernel is None:
             kernel = self._known[name] = self._kernels.get(_FILE, name, _SIGNATURE)
+        num_tiles, pieces = slots.tiles.shape[0], -(-outputs // made)
         kernel(
-            (-(-outputs // made), slots.tiles.shape[0]),
+            (num_tiles * _NEIGHBOURS, -(-pieces // _NEIGHBOURS)),
             threads,
             (
                 x,

@@ -7,6 +7,11 @@
 // mma.m16n8k16 with the weights as A and the slots as the 8 columns of B. Which k stands where inside a product does
 // not matter as long as A and B agree: a thread takes 16 neighbouring bytes of a row at a time.
 // Sums are added in a fixed order: a slot's result does not depend on the other slots.
+//
+// Blocks of NEIGHBOURS pieces of the outputs stand beside each other for one tile, then the same for the next tile: tiles
+// of one expert run at the same time and read its weights from memory once, and so do neighbours in a turned row.
+
+constexpr int NEIGHBOURS = 8;
 
 struct alignas(16) Lane16 { u32 at[4]; };
 struct alignas(16) Tile { int expert, first, count, unused; };
@@ -17,6 +22,12 @@ __device__ __forceinline__ u32 shared_address(const void* at) {
 
 // Zeros where the source is not valid: nothing is read then.
 __device__ __forceinline__ void copy16(u32 to, const void* from, bool is_valid) {
+  const int bytes = is_valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// The same where the rest of the line is wanted next.
+__device__ __forceinline__ void copy16_of_line(u32 to, const void* from, bool is_valid) {
   const int bytes = is_valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
@@ -97,11 +108,13 @@ __device__ __forceinline__ void grouped(const bf16* x, const int* rows, const ch
   extern __shared__ __align__(128) char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, part = lane % 4;
   const int k_warp = warp % K_WARPS, n_warp = warp / K_WARPS;
-  const int block_first = blockIdx.x * MADE * N_WARPS, first = block_first + n_warp * MADE;
+  const int tile_index = blockIdx.x / NEIGHBOURS;
+  const int block_first = (blockIdx.y * NEIGHBOURS + blockIdx.x % NEIGHBOURS) * (MADE * N_WARPS);
+  const int first = block_first + n_warp * MADE;
   let_next_start();
   wait_for_previous();
-  if (static_cast<int>(blockIdx.y) >= *num_tiles) return;
-  const Tile tile = tiles[blockIdx.y];
+  if (tile_index >= *num_tiles || block_first >= n) return;
+  const Tile tile = tiles[tile_index];
 
   const u32 row_bytes = INT4 ? k / 2 : k * 2, row_scales = k / 32, turned_bytes = n * (GATED ? 4 : 2);
   const i64 expert_row = static_cast<i64>(tile.expert) * n * (GATED ? 2 : 1);
@@ -154,8 +167,8 @@ __device__ __forceinline__ void grouped(const bf16* x, const int* rows, const ch
         for (int c = 0; c < A_CHUNKS; ++c) {
           const u32 from = static_cast<u32>(piece * A_CHUNKS + c) * 64;
           const bool is_valid = is_mine && from + part * 16 < row_bytes;
-          copy16(stage + ((t * 2 + h) * A_CHUNKS + c) * 512 + lane * 16, weights + (is_valid ? line[t][h] + from : 0),
-                 is_valid);
+          copy16_of_line(stage + ((t * 2 + h) * A_CHUNKS + c) * 512 + lane * 16,
+                         weights + (is_valid ? line[t][h] + from : 0), is_valid);
         }
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c)
@@ -163,8 +176,8 @@ __device__ __forceinline__ void grouped(const bf16* x, const int* rows, const ch
       for (int j = 0; j < B_CHUNKS / 4; ++j) {
         const int chunk = j * 4 + part, from = piece * PIECE + chunk * 8;
         const bool is_valid = is_mine && source[c] >= 0 && from < k;
-        copy16(stage + A_BYTES + ((c * 8 + group) * B_CHUNKS + place(chunk)) * 16,
-               x + (is_valid ? source[c] + from : 0), is_valid);
+        copy16_of_line(stage + A_BYTES + ((c * 8 + group) * B_CHUNKS + place(chunk)) * 16,
+                       x + (is_valid ? source[c] + from : 0), is_valid);
       }
     if constexpr (INT4) {
 #pragma unroll
@@ -343,9 +356,10 @@ __device__ __forceinline__ void plain(const float* x, const int* rows, const W* 
   __shared__ float a[SIDE][SIDE + 1], b[SIDE][SIDE + 1];
   let_next_start();
   wait_for_previous();
-  if (static_cast<int>(blockIdx.y) >= *num_tiles) return;
-  const Tile tile = tiles[blockIdx.y];
-  const int across = threadIdx.x % SIDE, down = threadIdx.x / SIDE, first = blockIdx.x * SIDE;
+  const int tile_index = blockIdx.x / NEIGHBOURS, first = (blockIdx.y * NEIGHBOURS + blockIdx.x % NEIGHBOURS) * SIDE;
+  if (tile_index >= *num_tiles || first >= n) return;
+  const Tile tile = tiles[tile_index];
+  const int across = threadIdx.x % SIDE, down = threadIdx.x / SIDE;
   const bool is_output = first + down < n, is_slot = down < tile.count;
   const i64 row = static_cast<i64>(tile.expert) * n + first + down;
   const i64 source = is_slot ? (rows ? rows[tile.first + down] : tile.first + down) : 0;
