@@ -31,12 +31,13 @@ def llama4(
         return DecoderLayer(parts, prefix, config.norm_eps, attention, feed_forward(prefix, index))
 
     # Only differences of positions count, and where layers are chunked these are within a chunk.
-    period = config.chunk if config.rope_layers <= config.chunked_layers else context
+    is_periodic = config.chunked_layers and config.rope_layers <= config.chunked_layers
+    period = min(config.chunk, context) if is_periodic else context
     table = Rope(
         config.rope_theta,
         config.head_dim,
         config.rope_scaling,
-        max(min(period, context), 1),
+        period,
         getattr(torch, model.dtype),
     )
 
