@@ -283,6 +283,23 @@ def test_parts_of_a_context_are_merged_by_their_sums(loaded: Any, case: Case) ->
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[9]], ids=str)
+def test_absorbed_queries_may_lie_beside_their_rotated_part(loaded: Any, case: Case) -> None:
+    from worker.backends.cuda.latent_own import LatentRows
+
+    world = World(case, [900, 70], seed=3)
+    attention, queries = world.attention(loaded), world.queries(2)
+    together = world.random(2, case.heads, case.latent + case.rope).to(case.dtype)
+    absorbed = together[..., : case.latent]
+    queries[..., case.nope :] = together[..., case.latent :]
+    rows = LatentRows(2, world.slots, world.kv_lengths, None, world.tables)
+    outs = [torch.full_like(absorbed.contiguous(), math.nan) for _ in range(2)]
+    attention.attend_lines(rows, absorbed.contiguous(), queries, world.cache, outs[0])
+    attention.attend_lines(rows, absorbed, together, world.cache, outs[1])
+    assert torch.equal(*outs)
+    assert not outs[0].isnan().any()
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[9]], ids=str)
 def test_graph_replay_is_right_as_rows_grow(loaded: Any, case: Case) -> None:
     world = World(case, [700, 1500, 64, 1, 333], seed=1)
     attention = world.attention(loaded)

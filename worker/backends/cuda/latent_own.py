@@ -115,11 +115,11 @@ class AbsorbedAttention:
         if shape.is_for_tensor_cores:
             tile = next((heads for heads in _HEAD_TILES if heads >= shape.heads), _HEAD_TILES[-1])
             suffix = "_e4m3" if shape.is_float8 else ""
-            self._kernel = kernels.get(_FILE, f"latent_tensor_{tile}{suffix}", f"PPP{_ROWS}PPPiiif")
+            self._kernel = kernels.get(_FILE, f"latent_tensor_{tile}{suffix}", f"PPP{_ROWS}PPPiiiif")
             self._head_tiles, self._split_tokens, blocks = -(-shape.heads // tile), _TILE, 1
             self._shared_bytes = _shared_bytes(shape, tile)
         else:
-            self._kernel = kernels.get(_FILE, f"latent_vector_{shape.suffix}", f"PPP{_ROWS}PPPiiiiif")
+            self._kernel = kernels.get(_FILE, f"latent_vector_{shape.suffix}", f"PPP{_ROWS}PPPiiiiiif")
             self._head_tiles, self._split_tokens, blocks = shape.heads, _VECTOR_SPLIT_TOKENS, _VECTOR_BLOCKS
             self._shared_bytes, self._dims = 0, (shape.latent, shape.rope)
         self._merge = kernels.get(_FILE, f"merge_splits_{_DTYPE_NAMES[shape.dtype]}", f"{_ROWS}PPPiiii")
@@ -140,13 +140,17 @@ class AbsorbedAttention:
     ) -> None:
         """Write Σ softmax · latent to ``out`` [tokens, heads, latent].
 
-        ``absorbed`` is [tokens, heads, latent], ``queries`` [tokens, heads, nope_dim + rope], rotated.
+        ``absorbed`` is [tokens, heads, latent], ``queries`` [tokens, heads, … + rope], rotated; or both are
+        columns of one [tokens, heads, latent + rope], the queries all of them.
         ``log_sums``, float32 [tokens, heads], gets the base-2 logarithm of each softmax's denominator:
         with these, attentions to parts of a context are merged.
         """
         shape = self._shape
-        assert absorbed.is_contiguous(), absorbed.stride()
+        pitch = absorbed.stride(1)
+        assert absorbed.stride(0) == shape.heads * pitch, absorbed.stride()
+        assert absorbed.stride(2) == 1, absorbed.stride()
         assert queries.is_contiguous(), queries.stride()
+        assert absorbed.shape[:2] == queries.shape[:2] == (rows.tokens, shape.heads), queries.shape
         assert out.is_contiguous(), out.stride()
         given = rows.arguments(shape)
         splits = self._splits(rows.tokens)
@@ -164,7 +168,8 @@ class AbsorbedAttention:
                 scratch,
                 shape.heads,
                 *self._dims,
-                shape.query_dim,
+                pitch,
+                queries.shape[2],
                 self._split_tokens,
                 self._scale,
             ),

@@ -1,7 +1,7 @@
 // Attention over a paged cache of latents, in its absorbed form: all heads attend to the lines themselves, as to one
-// KV head whose keys are lines and whose values are their latents. A query is `absorbed` [tokens, heads, latent] and
-// the last `rope` features of `queries` [tokens, heads, nope + rope]. Softmax is in base 2, sums are float32, and
-// everything is added in a fixed order.
+// KV head whose keys are lines and whose values are their latents. A query is the first `latent` features of
+// `absorbed` [tokens, heads, absorbed_dim] and the last `rope` of `queries` [tokens, heads, query_dim], which may be
+// one tensor. Softmax is in base 2, sums are float32, and everything is added in a fixed order.
 //
 // Grid: (splits, head tiles, query tokens). How far a token's context is split follows from its length, read here,
 // so a captured graph stays right as rows grow. Where the grid has splits, a token that is split leaves its parts
@@ -65,7 +65,8 @@ constexpr int LATENT = 512, ROPE = 64, LINE = LATENT + ROPE, TILE = 64;
 
 template <typename C, int HEAD_TILES, int STAGES>
 __device__ void latent_tensor(const bf16* absorbed, const bf16* queries, const C* cache, Rows rows, bf16* out,
-                              float* lse, float* partial, int heads, int query_dim, int split_tokens, float scale) {
+                              float* lse, float* partial, int heads, int absorbed_dim, int query_dim,
+                              int split_tokens, float scale) {
   constexpr bool IS_E4M3 = sizeof(C) == 1;
   constexpr int HEADS = 8 * HEAD_TILES, LINE_BYTES = LINE * sizeof(C), TILE_BYTES = TILE * LINE_BYTES;
   constexpr int QUERY_BYTES = LINE * 2, STEPS = LINE / 32, PITCH = LATENT + 4;
@@ -150,7 +151,7 @@ __device__ void latent_tensor(const bf16* absorbed, const bf16* queries, const C
     u32 x = 0;
     if (head < count) {
       const i64 line = static_cast<i64>(token) * heads + first + head;
-      const bf16* from = absorbed + line * LATENT + dim;
+      const bf16* from = absorbed + line * absorbed_dim + dim;
       if (dim >= LATENT) from = queries + line * query_dim + query_dim - LINE + dim;
       x = *reinterpret_cast<const u32*>(from);
     }
@@ -348,8 +349,8 @@ __device__ __forceinline__ const e4m3* line_of(const e4m3* cache, const Rows& ro
 
 template <typename T, typename C>
 __device__ void latent_vector(const T* absorbed, const T* queries, const C* cache, Rows rows, T* out, float* lse,
-                              float* partial, int heads, int latent, int rope, int query_dim, int split_tokens,
-                              float scale) {
+                              float* partial, int heads, int latent, int rope, int absorbed_dim, int query_dim,
+                              int split_tokens, float scale) {
   constexpr int EACH = 20, MOST = 32 * EACH;
   __shared__ float whole[WARPS][MOST];
   __shared__ float maxima[WARPS], totals[WARPS];
@@ -368,7 +369,7 @@ __device__ void latent_vector(const T* absorbed, const T* queries, const C* cach
   for (int c = 0; c < EACH; ++c) {
     const int i = c * 32 + lane;
     sums[c] = q[c] = 0.0f;
-    if (i < latent) q[c] = to_float(absorbed[line * latent + i]) * scale;
+    if (i < latent) q[c] = to_float(absorbed[line * absorbed_dim + i]) * scale;
     else if (i < width) q[c] = to_float(queries[line * query_dim + query_dim - width + i]) * scale;
   }
   float top = NONE, total = 0.0f;
@@ -591,9 +592,9 @@ __device__ __forceinline__ void merge_means(bf16* means, float* lse, const bf16*
 #define TENSOR(NAME, C, HEAD_TILES, STAGES)                                                                       \
   extern "C" __global__ void __launch_bounds__(THREADS, 1) latent_tensor_##NAME(                                \
       const bf16* absorbed, const bf16* queries, const C* cache, ROWS, bf16* out, float* lse, float* partial,     \
-      int heads, int query_dim, int split_tokens, float scale) {                                                  \
-    latent_tensor<C, HEAD_TILES, STAGES>(absorbed, queries, cache, GIVEN, out, lse, partial, heads, query_dim,    \
-                                         split_tokens, scale);                                                    \
+      int heads, int absorbed_dim, int query_dim, int split_tokens, float scale) {                                \
+    latent_tensor<C, HEAD_TILES, STAGES>(absorbed, queries, cache, GIVEN, out, lse, partial, heads, absorbed_dim, \
+                                         query_dim, split_tokens, scale);                                         \
   }
 TENSOR(8, bf16, 1, 2)
 TENSOR(16, bf16, 2, 2)
@@ -605,9 +606,9 @@ TENSOR(32_e4m3, e4m3, 4, 4)
 #define VECTOR(NAME, T, C)                                                                                       \
   extern "C" __global__ void __launch_bounds__(THREADS) latent_vector_##NAME(                                    \
       const T* absorbed, const T* queries, const C* cache, ROWS, T* out, float* lse, float* partial, int heads,  \
-      int latent, int rope, int query_dim, int split_tokens, float scale) {                                      \
-    latent_vector<T, C>(absorbed, queries, cache, GIVEN, out, lse, partial, heads, latent, rope, query_dim,      \
-                        split_tokens, scale);                                                                    \
+      int latent, int rope, int absorbed_dim, int query_dim, int split_tokens, float scale) {                    \
+    latent_vector<T, C>(absorbed, queries, cache, GIVEN, out, lse, partial, heads, latent, rope, absorbed_dim,   \
+                        query_dim, split_tokens, scale);                                                         \
   }                                                                                                              \
   extern "C" __global__ void __launch_bounds__(THREADS) rope_store_##NAME(                                       \
       T* queries, T* lines, const T* rotation, const i64* slots, C* cache, int heads, int query_dim, int latent, \
