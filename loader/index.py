@@ -30,8 +30,12 @@ DTYPE_BITS: Final = {
 }  # fmt: skip
 """Bits of an element, by the name used in headers."""
 
-SERVED_DTYPES: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""Header names of what can be converted to a serving dtype, and our names for them."""
+SERVED_DTYPES: Final = {
+    "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I32": "int32", "F8_E4M3": "float8_e4m3fn",
+}  # fmt: skip
+"""Header names of what can be read, and our names for them."""
+CONVERTED_DTYPES: Final = ("float32", "bfloat16", "float16")
+"""Those that become one another. What is packed into others is moved as it is."""
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,200}\.safetensors")
 _SHOWN = 5
@@ -108,12 +112,12 @@ def read_index(directory: Path) -> Checkpoint:
 def check_against(model: ModelSpec, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that is not exactly this model's.
 
-    Every tensor that a parameter draws from must be there with its shape and a dtype of
-    ``SERVED_DTYPES``; every other one must match ``model.skipped``.
+    Every tensor that a parameter draws from must be there with its shape and the parameter's dtype, or one
+    that converts to it; every other one must match ``model.skipped``.
 
     Errors: ``ModelFormatError`` naming file and tensor.
     """
-    wanted = {s.source: s.shape for p in model.parameters for s in p.segments}
+    wanted = {s.source: (s.shape, p.dtype) for p in model.parameters for s in p.segments}
     missing = [name for name in wanted if name not in checkpoint.tensors]
     if missing:
         raise ModelFormatError(
@@ -121,13 +125,14 @@ def check_against(model: ModelSpec, checkpoint: Checkpoint) -> None:
             "is incomplete or config.json is another model's",
             field=missing[0],
         )
-    for name, shape in wanted.items():
+    readable = {dtype: _readable(dtype) for _, dtype in wanted.values()}
+    for name, (shape, dtype) in wanted.items():
         tensor = checkpoint.tensors[name]
         path = checkpoint.path_of(tensor)
         if tensor.shape != shape:
             raise _bad(path, f"has shape {list(tensor.shape)}, config.json calls for {list(shape)}", name)
-        if tensor.dtype not in SERVED_DTYPES:
-            raise _bad(path, f"has dtype {tensor.dtype}; {', '.join(SERVED_DTYPES)} can be served", name)
+        if tensor.dtype not in readable[dtype]:
+            raise _bad(path, f"has dtype {tensor.dtype}; {', '.join(readable[dtype])} can be served", name)
     skipped = [re.compile(pattern) for pattern in model.skipped]
     extra = [
         name
@@ -141,6 +146,12 @@ def check_against(model: ModelSpec, checkpoint: Checkpoint) -> None:
             "place for: it is another model, or one with parts that are not served",
             field=extra[0],
         )
+
+
+def _readable(dtype: str) -> list[str]:
+    """Return the header names of what a parameter of ``dtype`` can be read from."""
+    served = CONVERTED_DTYPES if dtype in CONVERTED_DTYPES else (dtype,)
+    return [theirs for theirs, ours in SERVED_DTYPES.items() if ours in served]
 
 
 def open_regular(path: str | Path) -> int:

@@ -21,6 +21,8 @@ _NUMPY: Final[dict[str, np.dtype[Any]]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
+    "int32": np.dtype("<u4"),
+    "float8_e4m3fn": np.dtype("u1"),
 }
 _CHUNK: Final = 64 << 10
 """Elements converted at a time, so that intermediate values stay in the cache."""

@@ -9,14 +9,17 @@ is: cutting them would save 1.5 GiB a rank of Kimi K2.5 and cost a gather in eve
 from latents and the output are cut by head, blocks by their inner features.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from models.deepseek_config import DeepseekConfig, Json, config_of
 from models.moe import expert_chunks, expert_parameters
+from models.packing import Packing, packing_of
 from models.parameter import Cut, ParameterSpec, Segment
 from models.spec import KVGroup, ModelSpec
+from protocol.errors import UnsupportedModelError
 
 KIMI = "KimiK25ForConditionalGeneration"
 ARCHITECTURES = ("DeepseekV3ForCausalLM", KIMI)
@@ -25,6 +28,7 @@ _ROWS = Cut(dim=0, unit="row", pad=True)
 _COLUMNS = Cut(dim=1, unit="column", pad=True)
 _HEAD_ROWS = Cut(dim=0, unit="head")
 _HEAD_COLUMNS = Cut(dim=1, unit="head")
+_LINEAR = ("_proj.weight", "_proj_with_mqa.weight")
 _VISION = (r"vision_tower\..+", r"mm_projector\..+")
 
 
@@ -40,6 +44,7 @@ def spec(raw: dict[str, Any], dtype: str) -> ModelSpec:
         else config_of(raw, "config.json")
     )
     prefix = "language_model." if is_kimi else ""
+    packing = packing_of(json.quantization_config or raw.get("quantization_config"))
     eos = json.eos_token_id
     return ModelSpec(
         architecture="deepseek",
@@ -49,8 +54,10 @@ def spec(raw: dict[str, Any], dtype: str) -> ModelSpec:
         vocab_size=config.vocab_size,
         max_context=json.max_position_embeddings,
         dtype=dtype,
-        parameters=_parameters(config, dtype, prefix),
-        skipped=(_VISION if is_kimi else ()) + _prediction_layers(json, prefix),
+        parameters=_parameters(config, dtype, prefix, packing),
+        skipped=(_VISION if is_kimi else ())
+        + _prediction_layers(json, prefix)
+        + (packing.skipped if packing else ()),
         kv_groups=(
             KVGroup(
                 name="latent",
@@ -119,7 +126,9 @@ def _multiply_adds(config: DeepseekConfig) -> int:
     return total
 
 
-def _parameters(config: DeepseekConfig, dtype: str, prefix: str) -> tuple[ParameterSpec, ...]:
+def _parameters(
+    config: DeepseekConfig, dtype: str, prefix: str, packing: Packing | None
+) -> tuple[ParameterSpec, ...]:
     h, vocab = config.hidden_size, config.vocab_size
     ends = {
         "embedding": (f"{prefix}model.embed_tokens.weight", (vocab, h)),
@@ -139,7 +148,7 @@ def _parameters(config: DeepseekConfig, dtype: str, prefix: str) -> tuple[Parame
     layers = [
         parameter
         for index in range(config.num_layers)
-        for parameter in _Layer(config, dtype, f"{prefix}model.layers.{index}.", index).all()
+        for parameter in _Layer(config, dtype, f"{prefix}model.layers.{index}.", index, packing).stored()
     ]
     return (embedding, *layers, norm, head)
 
@@ -147,10 +156,23 @@ def _parameters(config: DeepseekConfig, dtype: str, prefix: str) -> tuple[Parame
 class _Layer:
     """The parameters of one decoder layer."""
 
-    def __init__(self, config: DeepseekConfig, dtype: str, theirs: str, index: int) -> None:
+    def __init__(
+        self, config: DeepseekConfig, dtype: str, theirs: str, index: int, packing: Packing | None
+    ) -> None:
         self._config, self._dtype, self._theirs, self._index = config, dtype, theirs, index
+        self._packing = packing
+
+    def stored(self) -> Iterator[ParameterSpec]:
+        """Yield them as the checkpoint stores them."""
+        for parameter in self.all():
+            # Matrices of linear layers; the router is none of them.
+            if self._packing is not None and parameter.segments[0].source.endswith(_LINEAR):
+                yield from self._packing.parts(parameter)
+            else:
+                yield parameter
 
     def all(self) -> Iterator[ParameterSpec]:
+        """Yield them as if nothing were packed."""
         config, h = self._config, self._config.hidden_size
         yield self._one("attention_norm", "input_layernorm", (h,))
         yield from self._attention()
@@ -165,33 +187,77 @@ class _Layer:
         h, heads, line = config.hidden_size, config.heads, config.line_dim
         q = heads * (config.nope_dim + config.rope_dim)
         up = heads * (config.nope_dim + config.value_dim)
+        units, rows, columns = self._head_cuts()
         down = [self._segment("self_attn.kv_a_proj_with_mqa", (line, h))]
         if config.q_latent is None:
-            yield self._one("q", "self_attn.q_proj", (q, h), heads, _HEAD_ROWS)
+            yield self._one("q", "self_attn.q_proj", (q, h), units, rows)
         else:
             down.insert(0, self._segment("self_attn.q_a_proj", (config.q_latent, h)))
             yield self._one("q_norm", "self_attn.q_a_layernorm", (config.q_latent,))
-            yield self._one("q", "self_attn.q_b_proj", (q, config.q_latent), heads, _HEAD_ROWS)
+            yield self._one("q", "self_attn.q_b_proj", (q, config.q_latent), units, rows)
         yield self._fused("down_latents", down)
         yield self._one("kv_norm", "self_attn.kv_a_layernorm", (config.kv_latent,))
-        yield self._one("kv", "self_attn.kv_b_proj", (up, config.kv_latent), heads, _HEAD_ROWS)
-        yield self._one("o", "self_attn.o_proj", (h, heads * config.value_dim), heads, _HEAD_COLUMNS)
+        yield self._one("kv", "self_attn.kv_b_proj", (up, config.kv_latent), units, rows)
+        yield self._one("o", "self_attn.o_proj", (h, heads * config.value_dim), units, columns)
+
+    def _head_cuts(self) -> tuple[int, Cut, Cut]:
+        """Return how many parts heads fall into that no packing holds together, and the cuts by them."""
+        config = self._config
+        query = "q_proj" if config.q_latent is None else "q_b_proj"
+        together = math.lcm(
+            *(
+                math.lcm(size, self._span(f"self_attn.{name}", dim)) // size
+                for name, dim, size in (
+                    (query, 0, config.nope_dim + config.rope_dim),
+                    ("kv_b_proj", 0, config.nope_dim + config.value_dim),
+                    ("o_proj", 1, config.value_dim),
+                )
+            )
+        )
+        if together == 1:
+            return config.heads, _HEAD_ROWS, _HEAD_COLUMNS
+        unit = f"packed block of {together} head"
+        if config.heads % together:
+            raise UnsupportedModelError(
+                f"{config.heads} heads are no whole number of {unit}s", field="quantization_config"
+            )
+        return config.heads // together, Cut(dim=0, unit=unit), Cut(dim=1, unit=unit)
+
+    def _inner_span(self, theirs: str, size: int) -> int:
+        """Return how many inner features of a block stay together."""
+        span = max(self._span(f"{theirs}gate_proj", 0), self._span(f"{theirs}down_proj", 1))
+        if size % span:
+            raise UnsupportedModelError(
+                f"{self._theirs}{theirs}down_proj.weight has {size} columns: packed weights in groups of "
+                f"{span} that fill them are served",
+                field="quantization_config",
+            )
+        return span
+
+    def _span(self, theirs: str, dim: int) -> int:
+        return 1 if self._packing is None else self._packing.span(f"{self._theirs}{theirs}.weight", dim)
 
     def _experts(self) -> Iterator[ParameterSpec]:
         config = self._config
         assert config.routing is not None
         source = f"{self._theirs}mlp."
         yield from expert_parameters(
-            self._index, source, config.routing, config.hidden_size, config.expert_size, self._dtype
+            self._index,
+            source,
+            config.routing,
+            config.hidden_size,
+            config.expert_size,
+            self._dtype,
+            self._inner_span("mlp.experts.0.", config.expert_size),
         )
         if config.shared_size:
             yield from self._block("shared_", "mlp.shared_experts.", config.shared_size)
 
     def _block(self, ours: str, theirs: str, size: int) -> Iterator[ParameterSpec]:
-        h = self._config.hidden_size
-        gate_up = [self._segment(f"{theirs}{name}_proj", (size, h), size) for name in ("gate", "up")]
+        h, units = self._config.hidden_size, size // self._inner_span(theirs, size)
+        gate_up = [self._segment(f"{theirs}{name}_proj", (size, h), units) for name in ("gate", "up")]
         yield self._fused(f"{ours}gate_up", gate_up, _ROWS)
-        yield self._one(f"{ours}down", f"{theirs}down_proj", (h, size), size, _COLUMNS)
+        yield self._one(f"{ours}down", f"{theirs}down_proj", (h, size), units, _COLUMNS)
 
     def _one(
         self, ours: str, theirs: str, shape: tuple[int, ...], units: int = 1, cut: Cut | None = None

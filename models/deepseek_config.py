@@ -111,13 +111,6 @@ def config_of(text: Any, place: str) -> tuple[DeepseekConfig, Json]:
 
 
 def _refuse_unserved(json: Json) -> None:
-    if json.quantization_config is not None:
-        method = json.quantization_config.get("quant_method")
-        raise UnsupportedModelError(
-            f"weights packed by {method!r} are not served for the DeepSeek-V3 family: float32 and "
-            "bfloat16 are",
-            field="quantization_config",
-        )
     expected: dict[str, object] = {
         "hidden_act": "silu",
         "attention_bias": False,

@@ -129,13 +129,15 @@ def expert_chunks(routing: Routing, hidden: int, intermediate: int) -> TokenChun
 
 
 def expert_parameters(
-    layer: int, source: str, routing: Routing, hidden: int, intermediate: int, dtype: str
+    layer: int, source: str, routing: Routing, hidden: int, intermediate: int, dtype: str, span: int = 1
 ) -> tuple[ParameterSpec, ...]:
     """Return what ``worker.layers.moe.MoE`` needs of a layer, its experts cut by their inner features.
 
     ``source`` is the block's prefix in the checkpoint (``model.layers.3.mlp.``), which has a tensor for
-    each projection of each expert, ``intermediate`` the inner features of one. The router stays whole.
+    each projection of each expert, ``intermediate`` the inner features of one, ``span`` how many of them
+    stay together. The router stays whole.
     """
+    assert intermediate % span == 0, (intermediate, span)
 
     def one(name: str, tensor: str, shape: tuple[int, ...], kind: str) -> ParameterSpec:
         segment = Segment(f"{source}gate.{tensor}", shape)
@@ -143,7 +145,7 @@ def expert_parameters(
 
     def stacked(name: str, projections: tuple[str, ...], shape: tuple[int, int], dim: int) -> ParameterSpec:
         segments = tuple(
-            Segment(f"{source}experts.{expert}.{projection}_proj.weight", shape, intermediate)
+            Segment(f"{source}experts.{expert}.{projection}_proj.weight", shape, intermediate // span)
             for expert in range(routing.experts)
             for projection in projections
         )

@@ -12,8 +12,8 @@ import msgspec
 from protocol.errors import LayoutError
 from protocol.topology import Topology
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of an element, by the name used in configurations."""
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "float8_e4m3fn": 1}
+"""Bytes of an element, by the name used in configurations. The last two hold packed weights."""
 
 Place = Literal["first", "layer", "last"]
 
@@ -108,6 +108,8 @@ class ParameterSpec(msgspec.Struct, frozen=True):
     its gate and its up), and the parameter has a dimension for the parts before the others. Under
     ``Topology.ep`` parts are placed over the group, each whole on one rank, and ``cut`` does not count.
     A stack may be one checkpoint tensor too, which then has that dimension itself."""
+    scales_of: str | None = None
+    """The packed parameter whose codes these are the scales of (``models.packing``): finite numbers."""
 
     def local_shape(self, topology: Topology) -> tuple[int, ...]:
         """Return the shape that each rank of a group holds (the same on all)."""

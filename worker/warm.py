@@ -61,7 +61,7 @@ def _warm_products(cache: Path, architecture: str, model: Path, tp: int, max_row
     """Measure which algorithms multiply this model's shapes fastest, on the first GPU of this kind."""
     import torch
 
-    from models.registry import load_spec
+    from models.registry import SERVED_DTYPES, load_spec
     from worker.backends.cuda import gemm_table
     from worker.backends.cuda.cublaslt import CublasLt
     from worker.backends.cuda.device import architecture as kind_of
@@ -76,7 +76,8 @@ def _warm_products(cache: Path, architecture: str, model: Path, tp: int, max_row
     shapes = set()
     for parameter in spec.parameters:
         local = parameter.local_shape(Topology(tp))
-        if len(local) == 2 and parameter.place != "first" and parameter.layer <= 0:
+        is_packed = parameter.scales_of is not None or parameter.dtype not in SERVED_DTYPES
+        if len(local) == 2 and not is_packed and parameter.place != "first" and parameter.layer <= 0:
             dtype = torch.float32 if parameter.place == "last" else torch.bfloat16
             shapes.add((local[0], local[1], dtype))
     lt = CublasLt(torch.device("cuda", ordinal))

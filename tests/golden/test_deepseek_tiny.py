@@ -116,6 +116,11 @@ def tiny(root: Path, variant: str) -> tuple[Path, list[Answer]]:
     model.save_pretrained(directory)
     if variant == "kimi":
         as_published(directory)
+    return directory, answers_of(model)
+
+
+def answers_of(model: PreTrainedModel) -> list[Answer]:
+    """Return greedy answers to prompts of ``PROMPT_LENGTHS``."""
     generator = torch.Generator().manual_seed(7)
     answers = []
     with torch.inference_mode():
@@ -125,7 +130,7 @@ def tiny(root: Path, variant: str) -> tuple[Path, list[Answer]]:
                 scores = model(input_ids=torch.tensor([known])).logits[0].log_softmax(-1)
                 known.append(int(scores[-1].argmax()))
             answers.append((known, scores))
-    return directory, answers
+    return answers
 
 
 def as_published(directory: Path) -> None:
@@ -146,11 +151,15 @@ def as_published(directory: Path) -> None:
 def check_layout(
     root: Path, variant: str, tp: int, pp: int, kv_groups: int = 1, ep: int = 1, dcp: int = 1
 ) -> None:
+    """Hold one layout of a variant against the reference."""
+    check_answers(*tiny(root, variant), Topology(tp, pp, ep, dcp), kv_groups)
+
+
+def check_answers(directory: Path, answers: list[Answer], topology: Topology, kv_groups: int = 1) -> None:
     """Hold the likeliest tokens of every position, and every greedy token, against the reference."""
-    directory, answers = tiny(root, variant)
     sampling = SamplingParams(temperature=0.0, seed=0, logprobs=8, prompt_logprobs=8)
-    with run_ranks_as_threads(directory, Topology(tp, pp, ep, dcp), kv_groups=kv_groups) as instance:
-        for chunk, depth in ((64, 1), (7, pp + 1)):
+    with run_ranks_as_threads(directory, topology, kv_groups=kv_groups) as instance:
+        for chunk, depth in ((64, 1), (7, topology.pp + 1)):
             jobs = [
                 Job(known[:-NEW_TOKENS], NEW_TOKENS, sampling, start_step=i % 3)
                 for i, (known, _) in enumerate(answers)

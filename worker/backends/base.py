@@ -34,6 +34,49 @@ class Int4Weight:
     scales: torch.Tensor
     """[..., out, in / 32]."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Unpacked: [..., out, in]."""
+        return (*self.words.shape[:-1], self.words.shape[-1] * 8)
+
+    def __getitem__(self, part: int | slice) -> "Int4Weight":
+        """Return some of what the first dimension counts, a view."""
+        return Int4Weight(self.words[part], self.scales[part])
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFloat8Weight:
+    """Weights of eight bits in blocks of 128 × 128, as DeepSeek-V3's checkpoints have them.
+
+    Element [i, k] is code [i, k] · scale [i // 128, k // 128]. A matrix begins with a whole block; the last
+    ones of its rows and columns may be less.
+    """
+
+    codes: torch.Tensor
+    """float8_e4m3fn [..., out, in]."""
+    scales: torch.Tensor
+    """float32 [..., ceil(out / 128), ceil(in / 128)]."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Unpacked: [..., out, in]."""
+        return tuple(self.codes.shape)
+
+    def __getitem__(self, part: int) -> "BlockFloat8Weight":
+        """Return one matrix of a stack, a view."""
+        assert self.codes.dim() > 2, self.shape
+        return BlockFloat8Weight(self.codes[part], self.scales[part])
+
+
+Weight = torch.Tensor | Int4Weight | BlockFloat8Weight
+"""A matrix, or a stack of them, as it lies in memory."""
+
+
+def plain(weight: Weight) -> torch.Tensor:
+    """Return a weight of a backend that takes no packed ones there, and refused them at boot."""
+    assert isinstance(weight, torch.Tensor), type(weight)
+    return weight
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
@@ -43,11 +86,11 @@ class ExpertWeights:
     """[experts, hidden]."""
     bias: torch.Tensor | None
     """[experts], float32: corrects the scores for the choice; None: nothing does."""
-    gate_up: torch.Tensor
+    gate_up: Weight
     """[local experts, 2 * width, hidden], each expert's gate first and then up; width: this rank's part of
     an expert's inner features. May be a view of what lies in memory as [local experts, hidden, 2 * width],
     which its strides then say."""
-    down: torch.Tensor
+    down: Weight
     """[local experts, hidden, width]; or a view likewise."""
     first: int = 0
     """Id of the first local expert; the others follow it. Where experts are cut, all are local."""
@@ -75,7 +118,7 @@ class Experts(Protocol):
 class LatentHeads:
     """What this rank's heads make of cached latents: head h has keys [Kₕ c, r] and values Vₕ c."""
 
-    up: torch.Tensor
+    up: Weight
     """[heads * (nope_dim + value_dim), latent]: of each head Kₕ, then Vₕ."""
     nope_dim: int
     value_dim: int
@@ -84,12 +127,12 @@ class LatentHeads:
 
     @property
     def keys(self) -> torch.Tensor:
-        """The view K, [heads, nope_dim, latent]."""
+        """The view K, [heads, nope_dim, latent], where ``up`` is not packed."""
         return self._by_head[:, : self.nope_dim]
 
     @property
     def values(self) -> torch.Tensor:
-        """The view V, [heads, value_dim, latent]."""
+        """The view V, [heads, value_dim, latent], likewise."""
         return self._by_head[:, self.nope_dim :]
 
     @property
@@ -97,6 +140,7 @@ class LatentHeads:
         return self.up.view(-1, self.nope_dim + self.value_dim, self.up.shape[1])
 
 
+        assert isinstance(self.up, torch.Tensor), type(self.up)
 class LatentAttention(Protocol):
     """Attention of one layer over cached latents; made once, by ``Backend.latent_attention``.
 
@@ -128,18 +172,18 @@ class Backend(Protocol):
     def device(self) -> torch.device:
         """Where tensors live."""
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return ``x @ weight.T``; weight is [out, in]."""
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """Return ``x @ weight.T`` in x's dtype; weight is [out, in], never unpacked whole."""
 
     def linear_update(
-        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, comm: Communicator
+        self, residual: torch.Tensor, x: torch.Tensor, weight: Weight, comm: Communicator
     ) -> torch.Tensor | None:
         """Return ``x @ weight.T``, a partial sum that ``reduce_add`` or ``reduce_add_norm`` is to add.
 
         None where the product was added to ``residual`` in place: without a group, where that is faster.
         """
 
-    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """Return ``x @ weight.T`` in float32, whatever the dtype of its factors."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -164,7 +208,7 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """``reduce_add``, then return the norm of the new residual: one kernel where that is faster."""
 
-    def swiglu_linear(self, x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    def swiglu_linear(self, x: torch.Tensor, gate_up: Weight) -> torch.Tensor:
         """Return silu(gate) · up of ``x @ gate_up.T``, whose features are gate first and then up."""
 
     def experts(self, weights: ExpertWeights, routing: Routing) -> Experts:

@@ -16,10 +16,11 @@ from torch.nn import functional
 from kv.tensors import LayerCache
 from models.moe import Routing
 from worker.backends import cpu_divided
-from worker.backends.base import ExpertWeights, LatentHeads
+from worker.backends.base import ExpertWeights, LatentHeads, Weight
 from worker.backends.cpu_attention import PagedAttentionPlan, attend, plan_attention, store
 from worker.backends.cpu_latent import CpuLatentAttention, rotate_pairs
 from worker.backends.cpu_moe import CpuExperts
+from worker.backends.cpu_packed import unpacked_tiles
 from worker.comm import Communicator
 from worker.context import AttentionPlan, RowSpan
 
@@ -51,8 +52,13 @@ class CpuBackend:
         self._converted_groups, self._chunks, self._division = converted_groups, chunks, division
         self._onednn_rows = _onednn_rows()
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """See ``Backend.linear``."""
+        if not isinstance(weight, torch.Tensor):
+            found = x.new_empty(x.shape[0], weight.shape[0])
+            for rows, tile in unpacked_tiles(weight, x.dtype):
+                found[:, rows] = self.linear(x, tile)
+            return found
         if x.shape[0] in self._onednn_rows and x.dtype == torch.float32:
             product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
                 x.contiguous(), weight, None, "none", [], ""
@@ -64,13 +70,13 @@ class CpuBackend:
         self,
         residual: torch.Tensor,  # noqa: ARG002
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: Weight,
         comm: Communicator,  # noqa: ARG002
     ) -> torch.Tensor:
         """See ``Backend.linear_update``."""
         return self.linear(x, weight)
 
-    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """See ``Backend.logits``."""
         return self.linear(x, weight).float()
 
@@ -100,7 +106,7 @@ class CpuBackend:
         self.reduce_add(residual, update, comm)
         return self.rms_norm(residual, weight, eps)
 
-    def swiglu_linear(self, x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    def swiglu_linear(self, x: torch.Tensor, gate_up: Weight) -> torch.Tensor:
         """See ``Backend.swiglu_linear``."""
         gate, up = self.linear(x, gate_up).chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)

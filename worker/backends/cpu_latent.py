@@ -15,11 +15,12 @@ from torch.nn import functional
 
 from kv.tensors import LayerCache
 from worker.backends import cpu_divided
-from worker.backends.base import LatentHeads
+from worker.backends.base import LatentHeads, Weight
 from worker.backends.cpu_attention import PagedAttentionPlan, Part, attention, gathered, merge, store
+from worker.backends.cpu_packed import unpacked_tiles
 from worker.context import AttentionPlan
 
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Product = Callable[[torch.Tensor, Weight], torch.Tensor]
 """Of x [tokens, in] and a weight."""
 
 EXPANDED_BYTES = 8 << 20
@@ -109,7 +110,7 @@ class CpuLatentAttention:
             return ()
         nope = self._heads.nope_dim
         together = torch.cat(queries)[..., : nope + self._rope]
-        taken = torch.einsum("thd,hdl->thl", together[..., :nope], self._heads.keys)
+        taken = self._by_head(together[..., :nope], "thd,hdl->thl", slice(0, nope))
         absorbed = torch.cat((taken, together[..., nope:]), -1)
         return torch.split(absorbed, [len(one) for one in queries])
 
@@ -117,8 +118,20 @@ class CpuLatentAttention:
         """Return each row's values [n, heads, value_dim] of its sums over latents, made in one product."""
         if not sums:
             return ()
-        values = torch.einsum("thl,hvl->thv", torch.cat(sums), self._heads.values)
+        values = self._by_head(torch.cat(sums), "thl,hvl->thv", slice(self._heads.nope_dim, None))
         return torch.split(values, [len(one) for one in sums])
+
+    def _by_head(self, x: torch.Tensor, product: str, rows: slice) -> torch.Tensor:
+        """Return the product of x [n, heads, …] with those rows of each head's K and V [., latent]."""
+        up, of_head = self._heads.up, self._heads.nope_dim + self._heads.value_dim
+        if isinstance(up, torch.Tensor):
+            return torch.einsum(product, x, up.view(-1, of_head, self._latent)[:, rows])
+        found, first = list[torch.Tensor](), 0
+        for _, tile in unpacked_tiles(up, x.dtype, of_head):
+            heads = tile.view(-1, of_head, self._latent)[:, rows]
+            found.append(torch.einsum(product, x[:, first : first + len(heads)], heads))
+            first += len(heads)
+        return torch.cat(found, 1)
 
     def _expand(self, lines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values [heads, tokens, width] of lines."""
@@ -138,7 +151,7 @@ class CpuLatentAttention:
     def _piece_tokens(self, lines: torch.Tensor) -> int:
         heads = self._heads
         widest = max(heads.nope_dim + self._rope, heads.value_dim)
-        token = heads.up.shape[0] + heads.keys.shape[0] * 2 * widest
+        token = heads.up.shape[0] + heads.up.shape[0] // (heads.nope_dim + heads.value_dim) * 2 * widest
         return max(EXPANDED_BYTES // (token * lines.element_size()), 1)
 
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 
 from models.moe import Routing
-from worker.backends.base import ExpertWeights, Routed
+from worker.backends.base import ExpertWeights, Routed, Weight
 
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Product = Callable[[torch.Tensor, Weight], torch.Tensor]
 """Of x [tokens, in] and a weight."""
 
 _LEAST = 1e-20

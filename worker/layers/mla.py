@@ -20,15 +20,16 @@ class MultiHeadLatentAttention:
         weights = parts.weights
         self._backend, self._comm = parts.backend, parts.comm
         self._group = parts.cache[layer].group
-        self._down, self._q = weights[f"{prefix}down_latents"], weights[f"{prefix}q"]
-        self._o = weights[f"{prefix}o"]
+        self._down, self._q = weights.matrix(f"{prefix}down_latents"), weights.matrix(f"{prefix}q")
+        self._o = weights.matrix(f"{prefix}o")
         self._kv_norm = weights[f"{prefix}kv_norm"]
         self._q_norm = None
         if config.q_latent is not None:
             self._q_norm = RMSNorm(parts, f"{prefix}q_norm", LATENT_NORM_EPS)
         self._line_dim, self._latent = config.line_dim, config.kv_latent
         self._query_dim = config.nope_dim + config.rope_dim
-        up = LatentHeads(weights[f"{prefix}kv"], config.nope_dim, config.value_dim, config.softmax_scale)
+        kv = weights.matrix(f"{prefix}kv")
+        up = LatentHeads(kv, config.nope_dim, config.value_dim, config.softmax_scale)
         self._attention = parts.backend.latent_attention(up, parts.cache[layer])
 
     def __call__(

@@ -11,7 +11,10 @@ class SwiGLU:
 
     def __init__(self, parts: Parts, prefix: str) -> None:
         self._backend, self._comm = parts.backend, parts.comm
-        self._gate_up, self._down = parts.weights[f"{prefix}gate_up"], parts.weights[f"{prefix}down"]
+        self._gate_up, self._down = (
+            parts.weights.matrix(f"{prefix}gate_up"),
+            parts.weights.matrix(f"{prefix}down"),
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's part [tokens, hidden]."""

@@ -38,7 +38,12 @@ class MoE:
     ) -> None:
         """Errors: ``UnsupportedModelError`` where the backend cannot run such experts."""
         weights, comm = parts.weights, parts.comm
-        gate_up, down = weights[f"{prefix}experts_gate_up"], weights[f"{prefix}experts_down"]
+        gate_up = weights.matrix(f"{prefix}experts_gate_up")
+        down = weights.matrix(f"{prefix}experts_down")
+        if inputs_first:
+            assert isinstance(gate_up, torch.Tensor), type(gate_up)
+            assert isinstance(down, torch.Tensor), type(down)
+            gate_up, down = gate_up.mT, down.mT
         local = weights.local_parts(f"{prefix}experts_gate_up")
         self._routing, self._topology = routing, comm.topology
         self._shared = shared
@@ -46,8 +51,8 @@ class MoE:
             ExpertWeights(
                 router=weights[f"{prefix}router"],
                 bias=weights[f"{prefix}router_bias"] if routing.has_bias else None,
-                gate_up=gate_up.mT if inputs_first else gate_up,
-                down=down.mT if inputs_first else down,
+                gate_up=gate_up,
+                down=down,
                 first=local.start,
             ),
             routing,

@@ -6,6 +6,7 @@ from kv.tensors import Region
 from models.layout import Arena
 from models.parameter import ParameterSpec, Piece
 from protocol.topology import Topology
+from worker.backends.base import BlockFloat8Weight, Int4Weight, Weight
 
 
 class Weights:
@@ -24,6 +25,15 @@ class Weights:
         dtype: torch.dtype = getattr(torch, placed.spec.dtype)
         count = placed.spec.local_bytes(self._topology) // dtype.itemsize
         return self._region.view(dtype, count, placed.offset).view(shape)
+
+    def matrix(self, name: str) -> Weight:
+        """Return a matrix, or a stack of them, as it is stored: packed, it comes with its scales."""
+        dtype = self.spec(name).dtype
+        if dtype == "int32":
+            return Int4Weight(self[name], self[f"{name}_scales"])
+        if dtype == "float8_e4m3fn":
+            return BlockFloat8Weight(self[name], self[f"{name}_scales"])
+        return self[name]
 
     def spec(self, name: str) -> ParameterSpec:
         """Return the statement of a parameter."""

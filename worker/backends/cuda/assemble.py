@@ -70,6 +70,16 @@ class _ByGroup:
         return group.layer(heads, cache)
 
 
+def _check_packing(spec: ModelSpec) -> None:
+    """Refuse packed weights that no kernel takes."""
+    for parameter in spec.parameters:
+        if parameter.scales_of is not None and not parameter.stack:
+            raise UnsupportedModelError(
+                f"{parameter.scales_of} is packed, on a GPU routed experts in int4 may be: serve this "
+                "model with --device cpu"
+            )
+
+
 def _attention_of(
     spec: ModelSpec, group: KVGroup, topology: Topology, boot: Boot, device: Device
 ) -> CudaAttention | CudaLatents:
@@ -123,6 +133,7 @@ class Assembled:
 
     def __init__(self, work: BootWork, device: Device, comm: CudaCommunicator) -> None:
         boot, spec, topology = work.boot, work.spec, comm.topology
+        _check_packing(spec)
         self._device, self._comm, self._limits = device, comm, RankLimits.of(boot)
         layers = work.stages[topology.stage(boot.rank)]
         takes_turns = topology.world_size > 1 and not device.is_alone

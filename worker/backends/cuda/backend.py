@@ -8,7 +8,7 @@ import torch
 from kv.tensors import LayerCache
 from models.moe import Routing
 from protocol.errors import UnsupportedModelError
-from worker.backends.base import Experts, ExpertWeights, LatentAttention, LatentHeads
+from worker.backends.base import Experts, ExpertWeights, LatentAttention, LatentHeads, Weight, plain
 from worker.backends.cuda.comm import CudaCommunicator
 from worker.backends.cuda.elementwise import Elementwise
 from worker.backends.cuda.launch import Kernels
@@ -69,27 +69,28 @@ class CudaBackend:
         self._linear = linear or Linear(kernels)
         self._attention = attention
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """See ``Backend.linear``."""
-        return self._linear(x, weight)
+        return self._linear(x, plain(weight))
 
     def linear_update(
-        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, comm: Communicator
+        self, residual: torch.Tensor, x: torch.Tensor, weight: Weight, comm: Communicator
     ) -> torch.Tensor | None:
         """See ``Backend.linear_update``; by the number of rows alone, so a step's bits are its own."""
         if comm.topology.tp > 1 or x.shape[0] < _ROWS_ADDED_BY_LINEAR:
-            return self._linear(x, weight)
-        self._linear.add(residual, x, weight)
+            return self._linear(x, plain(weight))
+        self._linear.add(residual, x, plain(weight))
         return None
 
-    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """See ``Backend.logits``."""
-        return self._linear(x, weight, torch.float32)
+        return self._linear(x, plain(weight), torch.float32)
 
-    def swiglu_linear(self, x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    def swiglu_linear(self, x: torch.Tensor, gate_up: Weight) -> torch.Tensor:
         """See ``Backend.swiglu_linear``; one kernel for few rows."""
-        fused = self._linear.gated(x, gate_up)
-        return self._elementwise.swiglu(self._linear(x, gate_up)) if fused is None else fused
+        matrix = plain(gate_up)
+        fused = self._linear.gated(x, matrix)
+        return self._elementwise.swiglu(self._linear(x, matrix)) if fused is None else fused
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See ``Backend.rms_norm``."""

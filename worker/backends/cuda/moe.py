@@ -8,7 +8,7 @@ import torch
 
 from models.moe import Routing
 from protocol.errors import UnsupportedModelError
-from worker.backends.base import ExpertWeights, Int4Weight, Routed
+from worker.backends.base import BlockFloat8Weight, ExpertWeights, Int4Weight, Routed
 from worker.backends.cuda.elementwise import Elementwise
 from worker.backends.cuda.grouped import Grouped, Slots, Weight
 from worker.backends.cuda.grouped_table import PLAIN_COLUMNS, columns_for, most_tiles
@@ -41,11 +41,11 @@ class CudaExperts:
         routing: Routing,
     ) -> None:
         """Errors: ``UnsupportedModelError``."""
-        _check(weights, routing)
+        self._gate_up, self._down = _check(weights, routing)
         self._linear, self._elementwise = linear, elementwise
         self._weights, self._routing = weights, routing
         self._grouped = Grouped(kernels)
-        self._num_local = _words(weights.gate_up).shape[0]
+        self._num_local = _words(self._gate_up).shape[0]
         self._route = kernels.get(_FILE, "moe_route", "PPPPiiiiifii")
         self._sort = kernels.get(_FILE, "moe_sort", "PPPPPPPiiiii")
         self._kernels = kernels
@@ -93,10 +93,10 @@ class CudaExperts:
             x = self._weigh(x, routed)
         few = slots.rows.shape[0] <= _FEW_CHOICES
         gated = x.dtype != torch.float32
-        inner = self._grouped(x, self._weights.gate_up, slots, gathers=True, gated=gated, few=few)
+        inner = self._grouped(x, self._gate_up, slots, gathers=True, gated=gated, few=few)
         if not gated:
             inner = self._elementwise.swiglu(inner)
-        found = self._grouped(inner, self._weights.down, slots, gathers=False, gated=False, few=few)
+        found = self._grouped(inner, self._down, slots, gathers=False, gated=False, few=few)
         name, pack = _packed(x.dtype, hidden)
         self._get(f"moe_combine_{name}_{pack}", "PPPPii")(
             (tokens, -(-hidden // (pack * _THREADS))),
@@ -179,15 +179,22 @@ def _packed(dtype: torch.dtype, width: int) -> tuple[str, int]:
     return name, pack if width % pack == 0 else 1
 
 
-def _check(weights: ExpertWeights, routing: Routing) -> None:
-    """Refuse what no kernel could run: at boot, never in a step."""
+def _check(weights: ExpertWeights, routing: Routing) -> tuple[Weight, Weight]:
+    """Refuse what no kernel could run: at boot, never in a step. Return gate|up and down."""
     if routing.experts > MOST_EXPERTS or routing.top_k > MOST_TOP_K:
         raise UnsupportedModelError(
             f"{routing.top_k} of {routing.experts} experts for a token were asked for on a GPU, whose "
             f"kernels route to {MOST_TOP_K} of {MOST_EXPERTS} at most: serve this model with --device cpu"
         )
-    for name, weight in (("gate|up", weights.gate_up), ("down", weights.down)):
-        _check_weight(name, weight)
+    gate_up, down = weights.gate_up, weights.down
+    if isinstance(gate_up, BlockFloat8Weight) or isinstance(down, BlockFloat8Weight):
+        raise UnsupportedModelError(
+            "experts in float8 were asked for on a GPU, whose kernels take bfloat16, int4 and float32: "
+            "serve this model with --device cpu"
+        )
+    _check_weight("gate|up", gate_up)
+    _check_weight("down", down)
+    return gate_up, down
 
 
 def _check_weight(name: str, weight: Weight) -> None:

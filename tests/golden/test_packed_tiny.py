@@ -1,0 +1,111 @@
+"""Tiny models with packed weights, held against transformers on what their codes mean.
+
+Experts' inner features of 96 are three groups of int4, so that degrees of 2 and 4 are padded. In float8
+every matrix of a layer is packed; a hidden size of 192 leaves blocks that are less, and of heads of 64
+features two share a block of the output's columns.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DeepseekV3ForCausalLM, PreTrainedModel
+from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25Config
+from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25ForConditionalGeneration
+
+from protocol.errors import LayoutError
+from protocol.topology import Topology
+from tests.golden.harness import run_ranks_as_threads
+from tests.golden.packed import FLOAT8_CONFIG, INT4_CONFIG, float8, int4, pack
+from tests.golden.test_deepseek_tiny import Answer, answers_of, as_published, check_answers, text_config
+
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
+FLOAT8_SIZES: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 256,
+    "kv_lora_rank": 128,
+    "q_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+    "initializer_range": 0.08,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "patch_size": 2,
+    "intermediate_size": 20,
+    "pos_emb_height": 4,
+    "pos_emb_width": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packed")
+
+
+@lru_cache
+def tiny(root: Path, variant: str) -> tuple[Path, list[Answer]]:
+    """Return a packed model's directory and the answers of its twin."""
+    directory = root / variant.replace(" ", "-")
+    torch.manual_seed(len(variant))
+    is_float8 = variant == "deepseek float8"
+    config = text_config(FLOAT8_SIZES if is_float8 else {"moe_intermediate_size": 96})
+    model: PreTrainedModel
+    if variant == "kimi int4":
+        model = Kimi_K25ForConditionalGeneration(
+            Kimi_K25Config(
+                text_config=config.to_dict(),
+                vision_config=VISION,
+                projection_hidden_size=16,
+                tie_word_embeddings=False,
+                attn_implementation="eager",
+                experts_implementation="eager",
+            )
+        )
+    else:
+        model = DeepseekV3ForCausalLM(config)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "norm" in name or "correction_bias" in name:
+            tensor.data.add_(torch.randn(tensor.shape), alpha=0.2)
+        elif "experts." in name or "mlp.gate." in name:
+            torch.nn.init.normal_(tensor.data, std=0.08 if is_float8 else 0.15)
+    model.save_pretrained(directory)
+    if is_float8:
+        pack(directory, lambda name: "_proj" in name, float8, FLOAT8_CONFIG)
+    else:
+        pack(directory, lambda name: ".experts." in name, int4, INT4_CONFIG)
+    twin = (
+        type(model)
+        .from_pretrained(directory / "twin", attn_implementation="eager", experts_implementation="eager")
+        .eval()
+    )
+    if variant == "kimi int4":
+        as_published(directory)
+    return directory, answers_of(twin)
+
+
+@pytest.mark.parametrize("variant", ["deepseek int4", "kimi int4", "deepseek float8"])
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_layout_matches_the_unpacked_twin(root: Path, variant: str, tp: int, pp: int) -> None:
+    check_answers(*tiny(root, variant), Topology(tp, pp))
+
+
+@pytest.mark.parametrize("variant", ["kimi int4", "deepseek float8"])
+def test_placed_experts_match_the_unpacked_twin(root: Path, variant: str) -> None:
+    check_answers(*tiny(root, variant), Topology(4, 1, 4))
+
+
+def test_divided_positions_match_the_unpacked_twin(root: Path) -> None:
+    check_answers(*tiny(root, "deepseek float8"), Topology(2, 1, 1, 2))
+
+
+def test_heads_of_one_block_stay_together(root: Path) -> None:
+    directory, _ = tiny(root, "deepseek float8")
+    with pytest.raises(LayoutError, match=r"4 packed block of 2 heads\)"):
+        run_ranks_as_threads(directory, Topology(8)).__enter__()
