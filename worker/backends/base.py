@@ -137,10 +137,10 @@ class LatentHeads:
 
     @property
     def _by_head(self) -> torch.Tensor:
+        assert isinstance(self.up, torch.Tensor), type(self.up)
         return self.up.view(-1, self.nope_dim + self.value_dim, self.up.shape[1])
 
 
-        assert isinstance(self.up, torch.Tensor), type(self.up)
 class LatentAttention(Protocol):
     """Attention of one layer over cached latents; made once, by ``Backend.latent_attention``.
 
