@@ -107,7 +107,9 @@ class Bench:
 
     def shape(self, shape: Shape, *, all_variants: bool) -> Iterator[Measured]:
         """Give the figures of a shape at every number of tokens."""
-        weights = _weights(shape)
+        router = torch.randn(shape.routing.experts, shape.hidden, device="cuda").bfloat16()
+        products = _weights(shape)
+        weights = ExpertWeights(router, None, *products)
         experts = CudaExperts(*self._parts, weights, shape.routing)
         for tokens in TOKENS:
             sets = [_choices(tokens, shape.routing) for _ in range(LAUNCHES)]
@@ -117,7 +119,7 @@ class Bench:
                 continue
             for place, what in enumerate(("gate_up", "down")):
                 yield from self._product(
-                    shape, weights, experts, sets, hit, chosen, place, what, all_variants
+                    shape, products, experts, sets, hit, chosen, place, what, all_variants
                 )
             if not all_variants:
                 yield self._layer(shape, experts, tokens, hit, chosen)
@@ -125,7 +127,7 @@ class Bench:
     def _product(
         self,
         shape: Shape,
-        weights: ExpertWeights,
+        products: tuple[Weight, Weight],
         experts: CudaExperts,
         sets: list[Routed],
         hit: float,
@@ -136,7 +138,7 @@ class Bench:
     ) -> Iterator[Measured]:
         tokens = sets[0].experts.shape[0]
         is_down = what == "down"
-        weight: Weight = weights.down if is_down else weights.gate_up
+        weight = products[place]
         k = shape.width if is_down else shape.hidden
         rows = sets[0].experts.numel() if is_down else tokens
         x = torch.randn(rows, k, device="cuda").bfloat16()
@@ -196,8 +198,8 @@ def _measured(
     )
 
 
-def _weights(shape: Shape) -> ExpertWeights:
-    router = torch.randn(shape.routing.experts, shape.hidden, device="cuda").bfloat16()
+def _weights(shape: Shape) -> tuple[Weight, Weight]:
+    """Return gate|up and down."""
 
     def made(rows: int, k: int) -> Weight:
         if not shape.is_int4:
@@ -211,8 +213,7 @@ def _weights(shape: Shape) -> ExpertWeights:
         scales = torch.empty(shape.local, rows, k // 32, device="cuda").uniform_(0.5, 1.5) / (4 * k**0.5)
         return Int4Weight(words, scales.bfloat16())
 
-    gate_up, down = made(2 * shape.width, shape.hidden), made(shape.hidden, shape.width)
-    return ExpertWeights(router, None, gate_up, down)  # type: ignore[arg-type]
+    return made(2 * shape.width, shape.hidden), made(shape.hidden, shape.width)
 
 
 def _choices(tokens: int, routing: Routing) -> Routed:
