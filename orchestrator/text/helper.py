@@ -11,8 +11,10 @@ import signal
 import sys
 from pathlib import Path
 
+from orchestrator.text.guard import Guard, name_pattern
 from orchestrator.text.template import ChatTemplate, TemplateSource
 from orchestrator.text.vocabulary import load_vocabulary
+from protocol.client import ChatMessage
 from protocol.errors import TandemError
 from protocol.text import (
     LENGTH_BYTES,
@@ -39,6 +41,8 @@ class Helper:
         vocabulary = load_vocabulary(directory)
         assert vocabulary is not None, "a directory without a vocabulary gets no helpers"
         self._vocabulary = vocabulary
+        self._added_names = name_pattern(vocabulary.added_tokens)
+        self._special_names = name_pattern(vocabulary.special_tokens)
         self._source = TemplateSource(directory)
         self._template: ChatTemplate | None = None
 
@@ -49,10 +53,7 @@ class Helper:
                 case EncodeText(text=text):
                     token_ids = self._vocabulary.encode(text, as_prompt=True)
                 case EncodeChat(messages=messages):
-                    if self._template is None:
-                        self._template = ChatTemplate(self._source)
-                    text = self._template.render([{"role": m.role, "content": m.content} for m in messages])
-                    token_ids = self._vocabulary.encode(text, as_prompt=False)
+                    token_ids = self._chat(messages)
         except TandemError as error:
             return Refused(RefusalKind.TEMPLATE, error.message)
         except MemoryError:
@@ -62,6 +63,18 @@ class Helper:
             return Refused(RefusalKind.TOKENIZER, f"the tokenizer refuses the text: {error}")
         count = len(token_ids)
         return Encoded(token_ids if count <= job.limit else [], count)
+
+    def _chat(self, messages: list[ChatMessage]) -> list[int]:
+        if self._template is None:
+            self._template = ChatTemplate(self._source)
+        guard = Guard(self._source.text or "", [message.content for message in messages])
+        said = []
+        for message in messages:
+            # What the model said may hold its own marks for thinking and tools, which templates look for.
+            names = self._special_names if message.role == "assistant" else self._added_names
+            said.append({"role": message.role, "content": guard.guard(message.content, names)})
+        pieces = guard.pieces(self._template.render(said))
+        return [t for piece in pieces for t in self._vocabulary.encode(piece, as_prompt=False)]
 
 
 def main(arguments: list[str]) -> int:

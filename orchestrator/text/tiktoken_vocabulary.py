@@ -77,6 +77,11 @@ class TiktokenVocabulary:
         """Names that stand for one token wherever they occur."""
         return list(self._named)
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """Those of them that are no text."""
+        return [name for name, token_id in self._named.items() if token_id in self.special_ids]
+
     def encode(self, text: str, *, as_prompt: bool) -> list[int]:
         """Return token ids; ``as_prompt`` puts the begin token before them, where the model wants one."""
         token_ids = list(self._bos_ids) if as_prompt else []

@@ -19,6 +19,10 @@ class Vocabulary(Protocol):
     def added_tokens(self) -> list[str]:
         """Names that stand for one token wherever they occur."""
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """Those of them that are no text."""
+
     def encode(self, text: str, *, as_prompt: bool) -> list[int]:
         """Return token ids; ``as_prompt`` adds the special tokens that a raw prompt gets."""
 
@@ -33,6 +37,12 @@ class JsonVocabulary:
     def added_tokens(self) -> list[str]:
         """Names that stand for one token wherever they occur."""
         return [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """Those of them that are no text."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
 
     def encode(self, text: str, *, as_prompt: bool) -> list[int]:
         """Return token ids; ``as_prompt`` adds the special tokens that a raw prompt gets."""
