@@ -194,6 +194,7 @@ class Bench:
         events = RankEvents(
             on_result=lambda result: engines[0].on_result(result),
             on_lost=lambda fault: (lost.append(fault), engines[0].on_lost(fault)),
+            on_load=lambda _: None,
             on_progress=lambda _: None,
             on_output=lambda _, line: print(line, file=sys.stderr),
         )

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from orchestrator.expert_totals import ExpertTotals
 from orchestrator.request import End, Request, RequestOutput, Sink
 from orchestrator.scheduler import Scheduler
 from orchestrator.supervisor import RankLostError, StepClock
 from protocol.client import Stats
-from protocol.control import Fault, FaultKind, StepPlan, StepResult
+from protocol.control import ExpertLoad, Fault, FaultKind, StepPlan, StepResult
 from protocol.errors import InstanceFailedError, ProtocolError, TandemError, UnavailableError
 from protocol.runtime_dir import InstanceState
 
@@ -57,6 +58,7 @@ class Engine:
         self.state: InstanceState = "ready"
         self._results: deque[StepResult] = deque()
         self._outputs: list[RequestOutput] = []
+        self._experts = ExpertTotals()
         self._fault: Fault | None = None
         self._in_flight: deque[_InFlight] = deque()
         self._has_event = False
@@ -91,6 +93,10 @@ class Engine:
         """Take the sampling rank's answer to a plan of this epoch."""
         self._results.append(result)
         self._wake()
+
+    def on_load(self, load: ExpertLoad) -> None:
+        """Take a rank's counts of its experts."""
+        self._experts.take(load)
 
     def on_lost(self, fault: Fault) -> None:
         """Learn that a rank is lost: ``run`` ends."""
@@ -141,6 +147,7 @@ class Engine:
             blocks_cached=kv.num_cached,
             connections=0,
             step_ms=self._step_s * 1e3,
+            experts=self._experts.balance(),
         )
 
     # The loop.

@@ -11,6 +11,7 @@ from orchestrator.supervisor import RankLostError, Supervisor
 from orchestrator.transport import Transport, UnreachableRankError
 from protocol.control import (
     Boot,
+    ExpertLoad,
     Fault,
     FaultKind,
     FromWorker,
@@ -31,6 +32,7 @@ class RankEvents:
     on_lost: Callable[[Fault], None]
     """Once at most, after the boot."""
     on_progress: Callable[[Progress | Ready], None]
+    on_load: Callable[[ExpertLoad], None]
     on_output: Callable[[tuple[int, ...], str], None]
 
 
@@ -174,6 +176,8 @@ class Ranks:
                 self._events.on_progress(message)
                 if len(self._ready) == len(self._boots) and not self._booted.done():
                     self._booted.set_result(None)
+            case ExpertLoad():
+                self._events.on_load(message)
             case Fault():
                 self._supervisor.report(message)
         self._note_progress()

@@ -22,7 +22,7 @@ from orchestrator.instance import Blueprint, Home, make_abort_page, make_arenas
 from orchestrator.launcher import Launcher, LaunchOrder, LocalLauncher, rank_environment
 from orchestrator.ranks import RankEvents, Ranks
 from orchestrator.supervisor import RankLostError, StepClock, fault_error, restart_policy, status_words
-from protocol.control import Fault, StepResult
+from protocol.control import ExpertLoad, Fault, StepResult
 from protocol.errors import InstanceFailedError, TandemError, UnavailableError
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ class _Server:
         events = RankEvents(
             on_result=self._on_result,
             on_lost=self._on_lost,
+            on_load=self._on_load,
             on_progress=self._display.progress,
             on_output=self._display.output,
         )
@@ -252,6 +253,10 @@ class _Server:
     def _on_result(self, result: StepResult) -> None:
         if self.engine is not None:
             self.engine.on_result(result)
+
+    def _on_load(self, load: ExpertLoad) -> None:
+        if self.engine is not None:
+            self.engine.on_load(load)
 
     def _on_lost(self, fault: Fault) -> None:
         if self.engine is not None:

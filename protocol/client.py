@@ -151,6 +151,18 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: ErrorInfo
 
 
+class ExpertBalance(msgspec.Struct, frozen=True):
+    """How evenly the tokens of one layer choose its experts."""
+
+    layer: int
+    tokens: int
+    """Choices, ``top_k`` of each token, since the ranks' start; some seconds old."""
+    imbalance: float
+    """Of the expert with most, over the mean: 1 is even."""
+    busiest: int
+    """The expert with most."""
+
+
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """A running instance in numbers, since its boot where not said otherwise."""
 
@@ -172,6 +184,8 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     connections: int
     step_ms: float
     """Moving average."""
+    experts: list[ExpertBalance] = []
+    """By layer; empty for a model without experts, and before the first report."""
 
 
 class MemoryRow(msgspec.Struct, frozen=True):

@@ -200,6 +200,23 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """KV blocks that this rank has room for."""
 
 
+class LayerLoad(msgspec.Struct, frozen=True, array_like=True):
+    """How many tokens chose each of some neighbouring experts of a layer."""
+
+    layer: int
+    first: int
+    """Id of the first of these experts."""
+    tokens: list[int]
+
+
+class ExpertLoad(msgspec.Struct, frozen=True, array_like=True, tag="load"):
+    """A rank's counts since its boot, every few seconds while steps run; never in a step's way."""
+
+    epoch: int
+    rank: int
+    layers: list[LayerLoad]
+
+
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """End the process in order: exit code 0."""
 
@@ -207,7 +224,7 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
 
 
 ToWorker = StepPlan | Boot | Stop
-FromWorker = StepResult | Hello | Progress | Ready | Fault
+FromWorker = StepResult | Hello | Progress | Ready | Fault | ExpertLoad
 
 
 def to_worker_codec() -> "Codec[ToWorker]":

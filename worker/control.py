@@ -29,6 +29,7 @@ from protocol.control import (
 from protocol.errors import InvalidRequestError, ProtocolError, TandemError
 from protocol.framing import MAX_CONTROL_FRAME_BYTES
 from worker.boot import Booted, boot_rank
+from worker.expert_load import LoadReports
 from worker.parent import Parent, ParentDiedError
 
 BOOT_WAIT_S = 60.0
@@ -141,13 +142,20 @@ def _await_boot(link: Link, rank: int, epoch: int) -> Boot:
 
 
 def _serve(link: Link, booted: Booted, epoch: int) -> None:
+    loads = LoadReports(booted.runner.expert_loads(), booted.comm.topology, booted.comm.rank, epoch)
     while True:
-        message = link.receive()
+        if (load := loads.take()) is not None:
+            link.send(load)
+        try:
+            message = link.receive(loads.wait_s())
+        except TimeoutError:
+            continue
         if message.epoch != epoch:
             continue
         match message:
             case StepPlan():
                 booted.runner.step(message, link.answer)
+                loads.stepped()
             case Stop():
                 return
             case Boot():

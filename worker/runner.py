@@ -7,7 +7,7 @@ the first stage without waiting. The first stage takes them when a later step ne
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -19,6 +19,7 @@ from worker.backends.cpu import CpuBackend
 from worker.batch import Batch, BatchLimits, Row, Scheduled
 from worker.comm import Communicator
 from worker.context import StepContext
+from worker.expert_load import CountedLayer
 from worker.models.base import StageModel
 from worker.sampler import RowSampling, Sampler
 from worker.steps import Answer
@@ -90,6 +91,10 @@ class Runner:
                 self._await_tokens(scheduled)
         if self._is_sampling_rank:
             answer(msgspec.structs.replace(result, step_s=time.monotonic() - began_s))
+
+    def expert_loads(self) -> Sequence[CountedLayer]:
+        """See ``StepRunner.expert_loads``."""
+        return self._model.expert_loads()
 
     def close(self) -> None:
         """See ``StepRunner.close``: nothing runs behind."""

@@ -1,10 +1,11 @@
 """What the control loop asks of a runner, whatever the device. No torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from protocol.control import StepPlan, StepResult
+from worker.expert_load import CountedLayer
 
 Answer = Callable[[StepResult | Exception], None]
 """Takes the sampling rank's result, or on any rank what went wrong behind the caller's back; may be
@@ -28,6 +29,9 @@ class StepRunner(Protocol):
         ``answer`` is called with the result where this rank samples. What goes wrong is raised here, or
         answered where a device found it later.
         """
+
+    def expert_loads(self) -> Sequence[CountedLayer]:
+        """Return the counters of this rank's layers with experts."""
 
     def close(self) -> None:
         """Let go of the device after what it is at."""

@@ -23,7 +23,7 @@ from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from tests.golden.harness import Driver, Job, run_ranks_as_threads
 from tests.golden.tiny import NEW_TOKENS, TOLERANCE, Reference, answers_of, force_split, run_layout
-from tests.server import served
+from tests.server import served, until
 from tests.unit.text_models import byte_level
 from tests.unit.text_models import directory as write_text_files
 
@@ -168,11 +168,12 @@ def test_a_step_of_more_than_one_chunk_scores_every_position_alike(
             assert found.logprob == pytest.approx(expected, abs=TOLERANCE)
 
 
-def test_a_mixture_is_served_by_processes(root: Path) -> None:
+@pytest.mark.parametrize("degrees", [("--tp", "2", "--pp", "2"), ("--tp", "4", "--ep", "4")])
+def test_a_mixture_is_served_by_processes(root: Path, degrees: tuple[str, ...]) -> None:
     tokenizer = byte_level()
     directory, reference = moe(root, 2, "all sparse", -(-tokenizer.get_vocab_size() // 16) * 16)
     write_text_files(directory, tokenizer=tokenizer)
-    with served(directory, "--tp", "2", "--pp", "2", "--memory", "2") as server, server.client() as client:
+    with served(directory, *degrees, "--memory", "2") as server, server.client() as client:
         for prompt, token_ids, logprobs in reference[-2:]:
             result = client.generate(
                 prompt_ids=prompt, temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0
@@ -181,3 +182,10 @@ def test_a_mixture_is_served_by_processes(root: Path) -> None:
             assert result.logprobs is not None
             found = [scored.logprob for scored in result.logprobs]
             assert found == pytest.approx(logprobs, abs=TOLERANCE)
+        # Every token but an answer's last is computed once, and chooses 4 experts in each layer.
+        stats = client.stats()
+        choices = 4 * (stats.prompt_tokens + stats.completion_tokens - stats.finished)
+        until(lambda: [one.tokens for one in client.stats().experts] == [choices] * 4)
+        counted = client.stats().experts
+        assert [one.layer for one in counted] == [0, 1, 2, 3]
+        assert all(1 <= one.imbalance <= 16 and 0 <= one.busiest < 16 for one in counted)

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -39,6 +40,12 @@ class Held:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
+
+    def matrix(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def spec(self, _name: str) -> SimpleNamespace:
+        return SimpleNamespace(layer=0)
 
     def local_parts(self, _name: str) -> range:
         return self.local
@@ -132,16 +139,21 @@ def test_ranks_add_up_to_one_that_holds_all(
         mine = residual.clone()
         left = moe.after(mine, updates[comm.rank].clone(), norm)
         assert (left is None) == is_split
+        loads[comm.rank] = moe.counted.read()
         if left is not None:
             comm.all_reduce(left)
             mine += left
         return mine
 
+    loads: dict[int, list[int]] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("worker.layers.moe.splits_tokens", lambda *_, **__: is_split)
         for module in ("moe", "expert_exchange"):
             patch.setattr(f"worker.layers.{module}.CHUNK_TOKENS", chunk)
         found = over_ranks(tp, work)
+    # Every choice is counted by one rank, and as one rank alone counts it.
+    assert [count for rank in range(tp) for count in loads[rank]] == moe.counted.read()
+    assert sum(moe.counted.read()) == tokens * routing.top_k
     for one in found:
         assert torch.equal(one, found[0])
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)

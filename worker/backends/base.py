@@ -99,6 +99,9 @@ class ExpertWeights:
 class Experts(Protocol):
     """The routed experts of one layer on one rank, ready to run; made once, by ``Backend.experts``."""
 
+    loads: torch.Tensor
+    """int64 [local experts], on the device: tokens of all runs that chose each."""
+
     def route(self, x: torch.Tensor) -> Routed:
         """Return what each token of x [tokens, hidden] chooses, as its ``Routing`` says.
 

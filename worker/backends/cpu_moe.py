@@ -41,6 +41,7 @@ class CpuExperts:
     ) -> None:
         self._weights, self._routing = weights, routing
         self._linear, self._swiglu_linear = linear, swiglu_linear
+        self.loads = torch.zeros(weights.gate_up.shape[0], dtype=torch.int64)
 
     def route(self, x: torch.Tensor) -> Routed:
         """See ``Experts.route``."""
@@ -57,7 +58,9 @@ class CpuExperts:
         order = flat.argsort(stable=True)
         tokens = order // routed.experts.shape[1]
         weights = routed.weights.flatten()[order].unsqueeze(-1)
-        counts = flat.bincount(minlength=num_local)[:num_local].tolist()
+        chosen = flat.bincount(minlength=num_local)[:num_local]
+        self.loads += chosen
+        counts = chosen.tolist()
         total = torch.zeros(x.shape, dtype=torch.float32)
         end = 0
         for expert, count in enumerate(counts):

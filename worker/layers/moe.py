@@ -4,6 +4,7 @@ import torch
 
 from models.moe import CHUNK_TOKENS, Routing, splits_tokens
 from worker.backends.base import ExpertWeights
+from worker.expert_load import CountedLayer
 from worker.layers.expert_exchange import ExpertExchange
 from worker.layers.mlp import SwiGLU
 from worker.layers.norm import RMSNorm
@@ -57,7 +58,13 @@ class MoE:
             ),
             routing,
         )
+        self._layer, self._first = weights.spec(f"{prefix}router").layer, local.start
         self._exchange = ExpertExchange(comm, self._experts, len(local), shared)
+
+    @property
+    def counted(self) -> CountedLayer:
+        """How many tokens chose each of this rank's experts."""
+        return CountedLayer(self._layer, self._first, self._experts.loads.tolist)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's part [tokens, hidden], computed a chunk of tokens at a time."""

@@ -1,5 +1,6 @@
 """What the runner asks of a forward pass, and which one serves which architecture."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from models.spec import ModelSpec
 from protocol.errors import UnsupportedModelError
 from worker.context import StepContext
+from worker.expert_load import CountedLayer
 from worker.layers.parts import Parts
 from worker.models.deepseek import deepseek
 from worker.models.llama import llama
@@ -26,6 +28,9 @@ class StageModel(Protocol):
 
         Where the step says which tokens are ``wanted``, [wanted, hidden] of these alone.
         """
+
+    def expert_loads(self) -> Sequence[CountedLayer]:
+        """Return the counters of this stage's layers with experts."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return float32 [rows, local vocabulary] of [rows, hidden]. Last stage only."""

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 
 from worker.context import StepContext, Wanted
+from worker.expert_load import CountedLayer
+from worker.layers.moe import MoE
 from worker.layers.norm import RMSNorm
 from worker.layers.parts import Parts
 from worker.layers.vocabulary import Embedding, Head
@@ -92,6 +94,10 @@ class Decoder:
         if update is not None:
             self._parts.backend.reduce_add(hidden, update, self._parts.comm)
         return hidden
+
+    def expert_loads(self) -> Sequence[CountedLayer]:
+        """See ``StageModel.expert_loads``."""
+        return [layer.mlp.counted for layer in self._layers if isinstance(layer.mlp, MoE)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See ``StageModel.logits``."""

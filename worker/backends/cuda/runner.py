@@ -29,6 +29,7 @@ from worker.backends.cuda.sampler import CudaSampler, SamplerOutputs
 from worker.backends.cuda.step_inputs import StepInputs, StepTensors
 from worker.batch import Batch, BatchLimits, Row, Scheduled
 from worker.context import AttentionPlan, StepContext, Wanted
+from worker.expert_load import CountedLayer
 from worker.models.base import StageModel
 from worker.steps import Answer
 
@@ -100,6 +101,10 @@ class CudaRunner:
             return 0
         logits = self.limits.max_rows * 4 * self._sampler.width
         return logits + self._sampler.state.device_bytes
+
+    def expert_loads(self) -> Sequence[CountedLayer]:
+        """See ``StepRunner.expert_loads``."""
+        return self._model.expert_loads()
 
     def close(self) -> None:
         """See ``StepRunner.close``."""
