@@ -18,6 +18,7 @@ def write_tiny_llama(
     layers: int = 2,
     context: int = 512,
     template: str | None = CHATML,
+    vocab_size: int | None = None,
 ) -> Path:
     """Write the model and return its directory; the same weights at each call."""
     tokenizer = byte_level()
@@ -31,7 +32,7 @@ def write_tiny_llama(
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": 16,
-        "vocab_size": -(-tokenizer.get_vocab_size() // 16) * 16,
+        "vocab_size": vocab_size or -(-tokenizer.get_vocab_size() // 16) * 16,
         "max_position_embeddings": context,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
