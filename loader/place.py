@@ -27,6 +27,8 @@ _NUMPY: Final[dict[str, np.dtype[Any]]] = {
 _CHUNK: Final = 64 << 10
 """Elements converted at a time, so that intermediate values stay in the cache."""
 _QUIET: Final = 0x40
+_EXPONENT: Final = 0x7F80
+"""Of bfloat16: all its bits are set in infinities and NaN."""
 
 
 class Staging(Protocol):
@@ -118,6 +120,36 @@ def place(placement: Placement, block: Array, arena: Array) -> None:
         placement.arena_stride,
     )
     convert(source, placement.source_dtype, target, placement.dtype)
+
+
+def damaged_scales(read: Read, places: list[Buffer]) -> str | None:
+    """Return the first tensor of scales that is not finite. ``places`` hold a read's bytes, in order.
+
+    Done where bytes have just been read, by each reader thread: a pass over all scales after the load would
+    take seconds of a boot (60 GB of Kimi K2.5).
+    """
+    is_direct = len(places) == len(read.placements) and read.is_direct
+    for at, placement in enumerate(read.placements):
+        if placement.is_scales:
+            block = np.frombuffer(places[at] if is_direct else places[0], np.uint8)
+            offset = 0 if is_direct else placement.source_offset
+            found = _matrix(
+                block,
+                placement.source_dtype,
+                placement.rows,
+                placement.columns,
+                offset,
+                placement.source_stride,
+            )
+            if not _is_finite(found, placement.source_dtype):
+                return placement.tensor
+    return None
+
+
+def _is_finite(values: Array, dtype: str) -> bool:
+    if dtype == "bfloat16":
+        return bool(((values & _EXPONENT) != _EXPONENT).all())
+    return bool(np.isfinite(values).all())
 
 
 def _matrix(flat: Array, dtype: str, rows: int, columns: int, offset: int, stride: int) -> Array:

@@ -51,6 +51,8 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
     arena_offset: int
     """First byte, from the start of the arena."""
     arena_stride: int
+    is_scales: bool = False
+    """Scales of packed weights: an infinity or a NaN among them ends the load."""
 
     @property
     def is_plain(self) -> bool:
@@ -128,6 +130,7 @@ class _Want(msgspec.Struct, frozen=True, gc=False):
     dtype: str
     parameter_offset: int
     """The parameter's first byte in the rank's arena."""
+    is_scales: bool
 
     @property
     def arena_offset(self) -> int:
@@ -196,7 +199,10 @@ def _wants(held: Arena, topology: Topology, slicing: "_Slicing") -> Iterator[tup
             if piece.end > piece.start:
                 offset = placed.offset + piece.row * row_bytes
                 for part in slicing.slices(piece, local, spec.dtype):
-                    yield piece.source, _Want(held.rank, part, spec.dtype, offset)
+                    yield (
+                        piece.source,
+                        _Want(held.rank, part, spec.dtype, offset, spec.scales_of is not None),
+                    )
 
 
 class _Slicing:
@@ -345,6 +351,7 @@ def _placement(run: _Run, want: _Want) -> Placement:
         source_stride=run.row_bytes,
         arena_offset=arena_offset,
         arena_stride=wanted.stride,
+        is_scales=want.is_scales,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 
 from loader.index import FileEntry, open_regular
-from loader.place import Destination, HostDestination
+from loader.place import Destination, HostDestination, damaged_scales
 from loader.plan import LoadPlan, Read
 from protocol.errors import ModelFormatError, StorageError
 
@@ -45,7 +45,7 @@ def load(
     pieces for (``arenas_written``). What no parameter covers (padding) is not touched.
 
     Errors: ``StorageError`` where a file cannot be read or is not the one that was planned for,
-    ``ModelFormatError`` where it ends early; both name file and tensor.
+    ``ModelFormatError`` where it ends early or has scales that are not finite; both name file and tensor.
     """
     for needed in sorted(arenas_written(plan, rank)):
         size = len(arenas[needed].cast("B"))
@@ -148,9 +148,11 @@ class _Job:
                     places = self._destination.direct(read)
                     if places is not None:
                         self._fill(read, places)
+                        self._check_scales(read, places)
                     else:
                         block = staging.block(read.length)
                         self._fill(read, [block[: read.length]])
+                        self._check_scales(read, [block[: read.length]])
                         staging.put(read, block)
                     self._count(read.length, places is not None)
             finally:
@@ -181,6 +183,16 @@ class _Job:
                 at += 1
             if count:
                 vectors[at] = vectors[at][count:]
+
+    def _check_scales(self, read: Read, places: list[memoryview]) -> None:
+        """Refuse scales that are no numbers: every product with them would be none."""
+        name = damaged_scales(read, places)
+        if name is not None:
+            raise ModelFormatError(
+                f"{self._plan.files[read.file].path}: tensor {name} has scales that are not finite: the "
+                "file is damaged, pull the model again",
+                field=name,
+            )
 
     def _count(self, length: int, is_direct: bool) -> None:
         with self._lock:

@@ -5,17 +5,19 @@ every matrix of a layer is packed; a hidden size of 192 leaves blocks that are l
 features two share a block of the output's columns.
 """
 
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25Config
 from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25ForConditionalGeneration
 
-from protocol.errors import LayoutError
+from protocol.errors import LayoutError, ModelFormatError
 from protocol.topology import Topology
 from tests.golden.harness import run_ranks_as_threads
 from tests.golden.packed import FLOAT8_CONFIG, INT4_CONFIG, float8, int4, pack
@@ -109,3 +111,23 @@ def test_heads_of_one_block_stay_together(root: Path) -> None:
     directory, _ = tiny(root, "deepseek float8")
     with pytest.raises(LayoutError, match=r"4 packed block of 2 heads\)"):
         run_ranks_as_threads(directory, Topology(8)).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("variant", "tensor", "value"),
+    [
+        ("kimi int4", "language_model.model.layers.2.mlp.experts.7.down_proj.weight_scale", torch.nan),
+        ("deepseek float8", "model.layers.1.self_attn.kv_b_proj.weight_scale_inv", -torch.inf),
+    ],
+)
+def test_scales_that_are_no_numbers_end_the_load(
+    root: Path, tmp_path: Path, variant: str, tensor: str, value: float
+) -> None:
+    directory, _ = tiny(root, variant)
+    shutil.copy(directory / "config.json", tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    tensors[tensor][-1, -1] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelFormatError, match="not finite") as refusal:
+        run_ranks_as_threads(tmp_path, Topology(2)).__enter__()
+    assert refusal.value.field == tensor
