@@ -17,6 +17,11 @@ class BlockTable:
         """Whether the blocks are neighbours in ascending order: one view of the cache."""
         self.extend(ids)
 
+    @property
+    def first_of_run(self) -> int | None:
+        """The first block where all are such neighbours."""
+        return self.ids[0] if self.is_run and self.ids else None
+
     def extend(self, ids: Sequence[int]) -> None:
         """Append blocks."""
         for block in ids:

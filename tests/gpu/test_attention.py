@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -112,14 +113,23 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
 class World:
     """A cache full of NaN but for the rows' tokens, and the device's tables of where these are."""
 
-    def __init__(self, case: Case, lengths: list[int], seed: int, spare_rows: int = 3) -> None:
+    def __init__(
+        self,
+        case: Case,
+        lengths: list[int],
+        seed: int,
+        spare_rows: int = 3,
+        runs: frozenset[int] = frozenset(),
+    ) -> None:
+        """``runs``: rows whose blocks are neighbours in ascending order."""
         generator = torch.Generator("cuda").manual_seed(seed)
         self.case, self.lengths = case, lengths
         block = case.block_tokens
         self.max_rows = len(lengths) + spare_rows
         self.max_blocks = max(-(-length // block) for length in lengths) + 5
         total = sum(-(-length // block) for length in lengths)
-        self.num_blocks = total + 7
+        # Runs are looked for among what is left by scattered rows before them.
+        self.num_blocks = total + 7 if not runs else 8 * total
         order = torch.randperm(self.num_blocks, generator=generator, device="cuda").tolist()
         # Lines of other rows, and entries beyond a row's length, point outside of the cache.
         tables = torch.full((self.max_rows + 1, self.max_blocks), 1 << 30, dtype=torch.int32)
@@ -127,6 +137,14 @@ class World:
         self.blocks = []
         for slot, length in zip(slots, lengths, strict=True):
             count = -(-length // block)
+            row = len(self.blocks)
+            if row in runs:
+                free = set(order)
+                first = next(b for b in order if all(b + i in free for i in range(count)))
+                order = [
+                    *range(first, first + count),
+                    *(b for b in order if not first <= b < first + count),
+                ]
             mine, order = order[:count], order[count:]
             tables[slot, :count] = torch.tensor(mine, dtype=torch.int32)
             self.blocks.append(mine)
@@ -209,9 +227,21 @@ class World:
         result: torch.Tensor = attention.run(queries, self.cache, plan, out)
         return result
 
-    def mixed(self, attention: Any, queries: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    def mixed(
+        self,
+        attention: Any,
+        queries: torch.Tensor,
+        starts: torch.Tensor,
+        first_blocks: Sequence[int | None] = (),
+    ) -> torch.Tensor:
         plan = attention.plan_mixed(
-            starts.tolist(), self.lengths, self.slots, starts.cuda(), self.kv_lengths, self.tables
+            starts.tolist(),
+            self.lengths,
+            self.slots,
+            starts.cuda(),
+            self.kv_lengths,
+            self.tables,
+            first_blocks,
         )
         result: torch.Tensor = attention.run(queries, self.cache, plan, self.poisoned(len(queries)))
         return result
@@ -376,6 +406,43 @@ def test_flashinfer_mixed(loaded: Any, case: Case, path: str, step: tuple[list[i
     attention = world.attention(loaded, prefill_paths=(path,))
     queries = world.queries(sum(counts))
     agree(world.mixed(attention, queries, starts_of(counts)), world.expected(queries, counts))
+
+
+@pytest.mark.parametrize(
+    ("counts", "before", "runs"),
+    [
+        ([1024], [0], {0}),
+        ([1500], [1700], {0}),
+        ([1, 1100, 40, 1, 1025, 1], [70, 0, 300, 5, 64, 9], {1, 4}),
+        ([1030, 1200, 1024], [1, 127, 900], {0, 2}),
+        ([1279, 1281], [1153, 0], {0, 1}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "case",
+    [Case(BF16, 32, 8, 128), Case(BF16, 10, 2, 128), Case(BF16, 6, 6, 128, block_tokens=16)],
+    ids=str,
+)
+def test_long_rows_that_are_runs(
+    loaded: Any, case: Case, counts: list[int], before: list[int], runs: set[int]
+) -> None:
+    """Twice in turn: plans of two steps have memory of their own."""
+    from worker.backends.cuda.flashinfer import prefill_name
+
+    need(loaded, prefill_name(case.key_dim, is_fa3=True))
+    lengths = [a + b for a, b in zip(counts, before, strict=True)]
+    world = World(case, lengths, seed=sum(counts), runs=frozenset(runs))
+    firsts = [blocks[0] if row in runs else None for row, blocks in enumerate(world.blocks)]
+    attention = world.attention(loaded, prefill_paths=("fa3",))
+    first, second = world.queries(sum(counts)), world.queries(sum(counts))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(20_000_000)
+    found = [world.mixed(attention, queries, starts_of(counts), firsts) for queries in (first, second)]
+    for queries, actual in zip((first, second), found, strict=True):
+        agree(actual, world.expected(queries, counts))
+    by_pages = world.mixed(attention, first, starts_of(counts))
+    assert not torch.equal(by_pages, found[0]), "tiles of other sizes round otherwise: no run was taken"
 
 
 @pytest.mark.parametrize("expanded_tokens", [1, 300, 1400])

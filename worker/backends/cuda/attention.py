@@ -1,7 +1,7 @@
 """Causal attention over the paged cache: planned once a step and KV group, run once a layer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -19,6 +19,7 @@ from worker.backends.cuda.attention_paths import (
     DecodeRule,
     PrefillPath,
 )
+from worker.backends.cuda.attention_runs import RunPrefill, split_runs
 from worker.backends.cuda.flashinfer import Operators, PagedPrefill, Xqa
 from worker.backends.cuda.launch import Kernels
 from worker.context import AttentionPlan
@@ -146,6 +147,10 @@ class CudaAttention:
         self._decode = _decode_paths(kernels, found, shape, decode_paths, device)
         self._prefill = _prefill_path(kernels, found, shape, prefill_paths, device, expanded_tokens)
         self._tiled = OwnPrefill(kernels, shape)
+        self._runs: RunPrefill | None = None
+        if isinstance(self._prefill, PagedPrefill) and self._prefill.is_fa3:
+            module = RunPrefill.find(found, shape)
+            self._runs = None if module is None else RunPrefill(module, shape, device)
         self._gather = kernels.get("attention", "gather_blocks", "PPPPPii")
 
         paths = self._decode.values()
@@ -170,6 +175,7 @@ class CudaAttention:
         """Device memory that was allocated for good."""
         tensors = (self._scratch, self._counters, self._page_table, self._page_list)
         planned = 0 if isinstance(self._prefill, OwnPrefill) else self._prefill.device_bytes
+        planned += 0 if self._runs is None else self._runs.device_bytes
         return sum(tensor.nbytes for tensor in tensors) + planned
 
     def decode_path(self, rows: int) -> DecodePath:
@@ -223,11 +229,13 @@ class CudaAttention:
         q_starts_device: torch.Tensor,
         kv_lengths_device: torch.Tensor,
         block_tables: torch.Tensor,
+        first_blocks: Sequence[int | None] = (),
     ) -> PagedPlan:
         """Prepare a step of rows with any number of tokens, at least one each; not capturable.
 
         Rows of one token at the beginning and at the end of the step are decoded, which is much faster for
-        them; a scheduler does well to put them there.
+        them; a scheduler does well to put them there. ``first_blocks``: of each row whose blocks are
+        neighbours in ascending order, None for the others; () where it is not known.
         """
         counts = [after - before for before, after in pairwise(q_starts)]
         total = len(counts)
@@ -235,8 +243,15 @@ class CudaAttention:
         assert min(counts) >= 1, counts
         begin = next((row for row in range(total) if counts[row] > 1), total)
         end = next((row for row in range(total, begin, -1) if counts[row - 1] > 1), begin)
-        parts = []
-        for first, last, is_decode in ((0, begin, True), (begin, end, False), (end, total, True)):
+        parts, paged = [], range(begin, end)
+        if self._runs is not None and first_blocks:
+            self._runs.begin()
+            paged, alone = split_runs(paged, counts, first_blocks)
+            for row, first_block in alone.items():
+                run = self._runs.plan(counts[row], kv_lengths[row], first_block)
+                parts.append(_Part(q_starts[row], counts[row], partial(self._runs.launch, run)))
+        spans = ((0, begin, True), (paged.start, paged.stop, False), (end, total, True))
+        for first, last, is_decode in spans:
             if first == last:
                 continue
             rows = Rows(last - first, slots_device[first:last], kv_lengths_device[first:last], block_tables)

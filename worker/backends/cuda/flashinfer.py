@@ -62,7 +62,8 @@ def prefill_name(dim: int, is_fa3: bool, value_dim: int | None = None) -> str:
     )
 
 
-def _is_plain(shape: Shape) -> bool:
+def takes_pages(shape: Shape) -> bool:
+    """Return whether FlashInfer's operators can read the cache as it lies."""
     return shape.dtype == torch.bfloat16 and shape.key_dim == shape.value_dim and not shape.is_float8
 
 
@@ -98,7 +99,7 @@ class Xqa:
     @staticmethod
     def find(operators: Operators, shape: Shape) -> Any | None:
         """Return the operator for a shape, if it is there."""
-        if not _is_plain(shape):
+        if not takes_pages(shape):
             return None
         return operators.load(xqa_name(shape.block_tokens, shape.key_dim, shape.ratio))
 
@@ -200,7 +201,7 @@ class PagedPrefill:
     def find(operators: Operators, shape: Shape, is_fa3: bool) -> Any | None:
         """Return the operator for a shape, if it is there and takes it."""
         # FA3 reads the queries through a tensor map, whose strides a single head would break.
-        if not _is_plain(shape) or (is_fa3 and shape.heads == 1):
+        if not takes_pages(shape) or (is_fa3 and shape.heads == 1):
             return None
         return operators.load(prefill_name(shape.key_dim, is_fa3))
 
@@ -308,7 +309,7 @@ class RaggedPlan:
 
 
 class RaggedPrefill:
-    """FlashAttention 3 over keys and values that lie row after row, with a dim of their own each.
+    """FlashAttention 3 over keys and values that lie row after row, which may have a dim of their own each.
 
     A step may have several launches, each with a plan; the plans of two steps have memory of their own.
     """
@@ -324,15 +325,19 @@ class RaggedPrefill:
         max_rows: int,
         step_tokens: int,
         device: torch.device,
+        kv_heads: int | None = None,
+        plans: int = 2,
     ) -> None:
+        """``kv_heads``: fewer than ``heads``, where these share keys. ``plans``: of a step, at first."""
         self._plan, self._run = module.plan, module.ragged_run
+        self._kv_heads = heads if kv_heads is None else kv_heads
         self._heads, self._key_dim, self._value_dim, self._scale = heads, key_dim, value_dim, scale
         self._device = device
         self._unused = torch.zeros(16, dtype=torch.uint8, device=device)
         self._work_bytes = _fa3_work_bytes(step_tokens, max_rows, heads)
         self._indices = 3 * max_rows + 2
-        # The second of a step is for the first piece of what is cached; more are made as they are needed.
-        self._spaces = [[self._new_space() for _ in range(2)] for _ in range(2)]
+        # The latent's second is for the first piece of what is cached; more are made as they are needed.
+        self._spaces = [[self._new_space() for _ in range(plans)] for _ in range(2)]
         self._used = 0
 
     @property
@@ -374,7 +379,7 @@ class RaggedPrefill:
             q_starts[-1],
             rows,
             self._heads,
-            self._heads,
+            self._kv_heads,
             _RAGGED_PAGE,
             False,  # for a CUDA graph
             self._key_dim,
@@ -399,11 +404,13 @@ class RaggedPrefill:
         keys: torch.Tensor,
         values: torch.Tensor,
         out: torch.Tensor,
-        log_sums: torch.Tensor,
+        log_sums: torch.Tensor | None = None,
     ) -> None:
         """Attend ``queries`` to ``keys`` and ``values``, all [tokens, heads, dim], into ``out``.
 
-        ``log_sums``, float32 [tokens, heads], gets the base-2 logarithm of each softmax's denominator.
+        Tokens and heads of these may lie apart, at multiples of 16 bytes. A tile may read beyond a row's
+        last key: what is there counts nothing, but must be finite. ``log_sums``, float32 [tokens, heads],
+        gets the base-2 logarithm of each softmax's denominator.
         """
         self._run(
             self._unused,

@@ -4,7 +4,7 @@ Rows of few query tokens take the absorbed form, as one-token rows each; rows of
 FlashInfer's operator was built. See ``worker/backends/cpu_latent.py`` for what the forms are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
@@ -116,8 +116,9 @@ class CudaLatents:
         q_starts_device: torch.Tensor,
         kv_lengths_device: torch.Tensor,
         block_tables: torch.Tensor,
+        first_blocks: Sequence[int | None] = (),  # noqa: ARG002
     ) -> LatentPlan:
-        """Prepare a step of rows with any number of tokens, at least one each; not capturable."""
+        """See ``CudaAttention.plan_mixed``: any number of tokens, at least one each; not capturable."""
         counts = [after - before for before, after in pairwise(q_starts)]
         assert len(counts) == len(kv_lengths), (q_starts, kv_lengths)
         assert min(counts) >= 1, counts

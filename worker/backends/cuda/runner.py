@@ -226,6 +226,7 @@ class CudaRunner:
                 inputs.q_starts,
                 inputs.kv_lengths,
                 self._inputs.block_tables[group],
+                [item.span.tables[group].first_of_run for item in scheduled],
             )
             for group, attention in enumerate(self._attention)
         )
