@@ -105,17 +105,19 @@ class Packing(msgspec.Struct, frozen=True):
         dtype: str,
         scales_of: str | None = None,
     ) -> ParameterSpec:
+        # Hundreds of experts have a few shapes.
+        shapes = {shape: _divided(shape, divisors) for shape in {s.shape for s in parameter.segments}}
         segments = tuple(
-            Segment(
-                f"{segment.source.removesuffix('weight')}{tensor}",
-                (math.ceil(segment.shape[0] / divisors[0]), math.ceil(segment.shape[1] / divisors[1])),
-                segment.units,
-            )
-            for segment in parameter.segments
+            Segment(s.source.removesuffix("weight") + tensor, shapes[s.shape], s.units)
+            for s in parameter.segments
         )
         return msgspec.structs.replace(
             parameter, name=name, segments=segments, dtype=dtype, scales_of=scales_of
         )
+
+
+def _divided(shape: tuple[int, ...], divisors: tuple[int, int]) -> tuple[int, ...]:
+    return tuple(math.ceil(extent / divisor) for extent, divisor in zip(shape, divisors, strict=True))
 
 
 def packing_of(raw: dict[str, Any] | None) -> Packing | None:

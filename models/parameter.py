@@ -62,7 +62,7 @@ def share(units: int, tp: int, tp_rank: int, cut: Cut) -> Share:
     )
 
 
-class Segment(msgspec.Struct, frozen=True):
+class Segment(msgspec.Struct, frozen=True, gc=False):
     """One checkpoint tensor inside a parameter. Segments of a fused one lie one after another in dim 0."""
 
     source: str

@@ -133,7 +133,9 @@ def _matrix(config: ServeConfig, given: Given, prefer: Prefer | None) -> tuple[M
         **msgspec.structs.asdict(given),
     )
     machines = Machines(gpu, 1, ranks, NETWORKS["infiniband"])
-    limits, read_bytes = config.limits, found.checkpoint_bytes
+    # Degrees that are given may be those of a group that is only to be chosen.
+    limits = msgspec.structs.replace(config, tp=1, pp=1, ep=1, dcp=1).limits
+    read_bytes = found.checkpoint_bytes
     return lay_out(found.spec, machines, budget, limits, CUDA_OVERHEADS, asked, read_bytes), called
 
 

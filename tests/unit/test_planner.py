@@ -93,6 +93,35 @@ def test_a_degree_that_is_given_stays(tiny: Path) -> None:
         choose(serve(tiny, FOUR, tp=3), 3, is_auto=True)
 
 
+@pytest.mark.usefixtures("driver")
+def test_views_that_are_given_stay_and_no_gpu_gets_a_dcp_that_was_not_asked(tiny: Path) -> None:
+    config, why = choose(serve(tiny, FOUR, tp=4, dcp=2), 4, dcp=2)
+    assert (config.tp, config.ep, config.dcp, why) == (4, 1, 2, None)
+    config, _ = choose(serve(tiny, FOUR, dcp=2), dcp=2)
+    assert config.dcp == 2
+    assert choose(serve(tiny, FOUR))[0].dcp == 1
+    with pytest.raises(LayoutError, match="no routed experts: give ep 1"):
+        choose(serve(tiny, FOUR, ep=4), ep=4)
+
+
+@pytest.mark.parametrize(
+    ("views", "told"),
+    [
+        ({"ep": 2}, "ep 2 is neither 1 nor tp 4"),
+        ({"dcp": 3}, "dcp 3 does not divide tp 4; degrees that do: 1, 2, 4"),
+    ],
+)
+def test_views_of_no_group_are_refused(tiny: Path, views: dict[str, int], told: str) -> None:
+    with pytest.raises(LayoutError, match=told):
+        choose(serve(tiny, ("cpu",), tp=4, **views), 4, **views)
+
+
+@pytest.mark.parametrize("command", ["serve", "plan", "run", "chat"])
+def test_every_command_that_serves_takes_the_views(command: str) -> None:
+    names = {option.name for option in cli.main.commands[command].params}
+    assert {"tp", "pp", "ep", "dcp"} <= names
+
+
 def test_where_nothing_is_to_be_chosen(tiny: Path) -> None:
     on_cpu, one_gpu = serve(tiny, ("cpu",)), serve(tiny, ("cuda:0",))
     assert choose(on_cpu) == (on_cpu, None)
