@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from orchestrator.router import Router, Sent
-from protocol.control import FromWorker, ToWorker, from_worker_codec, to_worker_codec
+from protocol.control import FromWorker, ToWorker, from_worker_codec, rank_identity, to_worker_codec
 from protocol.errors import InvalidRequestError, ProtocolError
 from protocol.framing import MAX_CONTROL_FRAME_BYTES
 
@@ -18,10 +18,10 @@ class UnreachableRankError(Exception):
 
 
 class Transport:
-    """Owns the control socket. A rank's identity is its number in decimal digits.
+    """Owns the control socket, to which each rank has two connections (``rank_identity``).
 
-    ``on_message(rank, message)`` gets what ranks say, in the order of each; ``on_nonsense(rank, why)`` is
-    told of a frame that is no message. Peers that are no rank are not heard.
+    ``on_message(rank, message)`` gets what ranks say, Hello first and the rest in the order of each;
+    ``on_nonsense(rank, why)`` is told of a frame that is no message. Peers that are no rank are not heard.
     """
 
     def __init__(
@@ -31,8 +31,12 @@ class Transport:
         on_message: Callable[[int, FromWorker], None],
         on_nonsense: Callable[[int, str], None],
     ) -> None:
-        self._identities = [str(rank).encode() for rank in range(world_size)]
-        self._ranks = {identity: rank for rank, identity in enumerate(self._identities)}
+        self._identities = [rank_identity(rank) for rank in range(world_size)]
+        self._ranks = {
+            rank_identity(rank, is_answering=is_answering): rank
+            for rank in range(world_size)
+            for is_answering in (False, True)
+        }
         self._on_message, self._on_nonsense = on_message, on_nonsense
         self._encode = to_worker_codec().encode
         self._decode = from_worker_codec().decode

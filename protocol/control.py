@@ -227,6 +227,11 @@ ToWorker = StepPlan | Boot | Stop
 FromWorker = StepResult | Hello | Progress | Ready | Fault | ExpertLoad
 
 
+def rank_identity(rank: int, *, is_answering: bool = False) -> bytes:
+    """Return how a rank's connection names itself: the one it is told on, or the one it answers on."""
+    return b"%d%s" % (rank, b"+" if is_answering else b"")
+
+
 def to_worker_codec() -> "Codec[ToWorker]":
     """Return a codec for messages to ranks."""
     return Codec(ToWorker, MAX_CONTROL_FRAME_BYTES)

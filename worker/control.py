@@ -24,6 +24,7 @@ from protocol.control import (
     Stop,
     ToWorker,
     from_worker_codec,
+    rank_identity,
     to_worker_codec,
 )
 from protocol.errors import InvalidRequestError, ProtocolError, TandemError
@@ -41,20 +42,19 @@ _MESSAGE_CHARS = 500
 
 
 class Link:
-    """The socket to the orchestrator. Sending is safe from any thread, receiving is the loop's alone."""
+    """Two connections to the orchestrator: one is taken from, one is sent through.
+
+    The first is the loop's thread's alone. Any thread may send: through another socket, behind a lock. A
+    socket that one thread sends through while another polls it loses wake-ups: the sending thread takes away
+    what tells the poll of a message, and the message lies there until the next one comes.
+    """
 
     def __init__(self, address: str, rank: int, parent: Parent) -> None:
         self._context = zmq.Context(io_threads=1)
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, str(rank).encode())
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_CONTROL_FRAME_BYTES)
-        self._socket.setsockopt(zmq.SNDHWM, _QUEUE)
-        self._socket.setsockopt(zmq.RCVHWM, _QUEUE)
-        self._socket.setsockopt(zmq.SNDTIMEO, int(SEND_TIMEOUT_S * 1000))
-        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
-        self._socket.connect(address)
+        self._incoming = self._connect(address, rank_identity(rank))
+        self._outgoing = self._connect(address, rank_identity(rank, is_answering=True))
         self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._incoming, zmq.POLLIN)
         self._poller.register(parent.fd, zmq.POLLIN)
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._poller.register(self._wake_fd, zmq.POLLIN)
@@ -63,10 +63,25 @@ class Link:
         self._lock = threading.Lock()
         self._encoder, self._decoder = from_worker_codec(), to_worker_codec()
 
+    def _connect(self, address: str, identity: bytes) -> "zmq.Socket[bytes]":
+        made: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        made.setsockopt(zmq.IDENTITY, identity)
+        made.setsockopt(zmq.MAXMSGSIZE, MAX_CONTROL_FRAME_BYTES)
+        made.setsockopt(zmq.SNDHWM, _QUEUE)
+        made.setsockopt(zmq.RCVHWM, _QUEUE)
+        made.setsockopt(zmq.SNDTIMEO, int(SEND_TIMEOUT_S * 1000))
+        made.setsockopt(zmq.LINGER, _LINGER_MS)
+        made.connect(address)
+        return made
+
+    def greet(self, hello: Hello) -> None:
+        """Say who is here, on the connection that is answered on."""
+        self._incoming.send(self._encoder.encode(hello))
+
     def send(self, message: FromWorker) -> None:
         """Send a message; waits while the queue is full, for ``SEND_TIMEOUT_S`` at most."""
         with self._lock:
-            self._socket.send(self._encoder.encode(message))
+            self._outgoing.send(self._encoder.encode(message))
 
     def receive(self, timeout_s: float | None = None) -> ToWorker:
         """Wait for a message.
@@ -80,8 +95,7 @@ class Link:
             raise self._error
         if not ready:
             raise TimeoutError(f"no message in {timeout_s:g} s")
-        with self._lock:
-            return self._decoder.decode(self._socket.recv())
+        return self._decoder.decode(self._incoming.recv())
 
     def answer(self, found: StepResult | Exception) -> None:
         """Send a step's result; an error is raised by the loop's ``receive`` instead."""
@@ -94,7 +108,8 @@ class Link:
     def close(self) -> None:
         """Close, after what was sent has gone out or ``LINGER`` has passed."""
         with self._lock:
-            self._socket.close()
+            self._outgoing.close()
+        self._incoming.close()
         self._context.term()
         os.close(self._wake_fd)
 
@@ -103,7 +118,7 @@ def run(link: Link, rank: int, epoch: int, pid: int) -> int:
     """Live as one rank until Stop; return the exit code. Closes the link."""
     kind = FaultKind.LOAD
     try:
-        link.send(Hello(epoch, rank, pid))
+        link.greet(Hello(epoch, rank, pid))
         booted = boot_rank(_await_boot(link, rank, epoch), link.send)
         # What a boot leaves stays: a collection that went through it would hold a step up for 0.1 s.
         gc.collect()

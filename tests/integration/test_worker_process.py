@@ -130,7 +130,7 @@ class Orchestrator:
     def receive(self) -> tuple[int, FromWorker]:
         assert self.socket.poll(WAIT_S * 1000), "no worker said anything"
         identity, frame = self.socket.recv_multipart()
-        return int(identity), self.decoder.decode(frame)
+        return int(identity.rstrip(b"+")), self.decoder.decode(frame)
 
     def collect(self, kind: type[T], count: int) -> dict[int, T]:
         found: dict[int, T] = {}
