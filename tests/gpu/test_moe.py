@@ -219,6 +219,18 @@ def test_every_kernel(make, parts, monkeypatch, variant) -> None:
                 assert off(got, reference(x, weights, routed, "output")) < BOUND[BFLOAT16]
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "bfloat16, turned", "int4", "float32"])
+def test_more_tiles_than_are_likely(make, monkeypatch, kind: str) -> None:
+    monkeypatch.setattr("worker.backends.cuda.moe.likely_tiles", lambda *_: 2)
+    routing = Routing(12, 2)
+    weights = weights_of(kind, 12, 256, 64)
+    for tokens in (1, 9, 100):
+        x = torch.randn(tokens, 256, device="cuda").to(weights.router.dtype)
+        routed = choices(tokens, routing, "any")
+        got = make(weights, routing).run(x, routed)
+        assert off(got, reference(x, weights, routed, "output")) < BOUND[x.dtype]
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "bfloat16, turned", "int4"])
 def test_a_token_does_not_depend_on_the_others(make, kind: str) -> None:
     routing = Routing(8, 2)

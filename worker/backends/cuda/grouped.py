@@ -34,6 +34,8 @@ class Slots:
     offsets: torch.Tensor
     """[experts + 1]: each local expert's first slot."""
     columns: int
+    likely_tiles: int
+    """That a grid has room for; where there are more, blocks take several."""
 
 
 class Grouped:
@@ -79,9 +81,9 @@ class Grouped:
         kernel = self._known.get(name)
         if kernel is None:
             kernel = self._known[name] = self._kernels.get(_FILE, name, _SIGNATURE)
-        num_tiles, pieces = slots.tiles.shape[0], -(-outputs // made)
+        pieces = -(-outputs // made)
         kernel(
-            (num_tiles * _NEIGHBOURS, -(-pieces // _NEIGHBOURS)),
+            (slots.likely_tiles * _NEIGHBOURS, -(-pieces // _NEIGHBOURS)),
             threads,
             (
                 x,

@@ -4,6 +4,7 @@ How many slots an expert really has is on the device alone. A tile too narrow fo
 several, which read its weights again, from L2; one too wide multiplies padding.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,6 +111,17 @@ def columns_for(choices: int, experts: int) -> int:
 def most_tiles(choices: int, experts: int, columns: int) -> int:
     """Return the tiles that choices can fall into at most."""
     return min(choices, choices // (8 * columns) + experts)
+
+
+def likely_tiles(choices: int, experts: int, local: int, columns: int) -> int:
+    """Return the tiles of ``local`` of the experts if choices are spread evenly, and some more.
+
+    A grid of as many as there could be is mostly blocks that find nothing to do; they take time too.
+    """
+    hit = local * (1 - (1 - 1 / experts) ** choices)
+    full = choices * local / experts / (8 * columns)
+    likely = math.ceil(1.1 * max(hit, full + hit / 2)) + 1
+    return min(likely, most_tiles(choices, local, columns))
 
 
 def choose(k: int, columns: int, *, few: bool, kind: Kind) -> Variant:

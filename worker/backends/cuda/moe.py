@@ -11,7 +11,7 @@ from protocol.errors import UnsupportedModelError
 from worker.backends.base import BlockFloat8Weight, ExpertWeights, Int4Weight, Routed
 from worker.backends.cuda.elementwise import Elementwise
 from worker.backends.cuda.grouped import Grouped, Slots, Weight
-from worker.backends.cuda.grouped_table import PLAIN_COLUMNS, columns_for, most_tiles
+from worker.backends.cuda.grouped_table import PLAIN_COLUMNS, columns_for, likely_tiles, most_tiles
 from worker.backends.cuda.launch import Kernel, Kernels
 from worker.backends.cuda.linear import Linear
 
@@ -148,7 +148,8 @@ class CudaExperts:
                 8 * columns,
             ),
         )
-        return Slots(tiles.view(num_tiles, 4), count, rows, slots, offsets, columns)
+        likely = likely_tiles(choices, self._routing.experts, self._num_local, columns)
+        return Slots(tiles.view(num_tiles, 4), count, rows, slots, offsets, columns, likely)
 
     def _weigh(self, x: torch.Tensor, routed: Routed) -> torch.Tensor:
         """Return each choice's input times its weight, [choices, hidden]."""
