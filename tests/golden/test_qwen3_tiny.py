@@ -123,6 +123,14 @@ def test_placed_experts_match_transformers(
     run_layout(*moe(root, 2, kind), tp, pp, ep=tp)
 
 
+@pytest.mark.parametrize("is_split", [False, True])
+def test_placed_experts_and_divided_positions_match_transformers(
+    root: Path, is_split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force_split(monkeypatch, is_split=is_split)
+    run_layout(*moe(root, 2, "all sparse"), 8, 1, ep=8, dcp=4)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kv_heads", [8, 4, 2, 1])
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS + LONG_LAYOUTS)
