@@ -2,14 +2,14 @@
 //
 // Slots are sorted by expert and cut into tiles of up to 8 * COLUMNS slots of one expert (moe.cu). A block makes
 // 16 * TILES * N_WARPS outputs of each of a tile's slots; K_WARPS warps share the k's, a run of pieces each. A piece is
-// 64 bytes of each weight row for int4 (128 k's) and 128 for bf16 (64 k's; TURNED: these lie k by k, [k, n]). DEPTH pieces are always under way into a
-// ring in shared memory that is the warp's own, so nobody waits for another warp before the sums. Products go through
-// mma.m16n8k16 with the weights as A and the slots as the 8 columns of B. Which k stands where inside a product does
-// not matter as long as A and B agree: a thread takes 16 neighbouring bytes of a row at a time.
-// Sums are added in a fixed order: a slot's result does not depend on the other slots.
+// 64 bytes of each weight row for int4 (128 k's) and 128 for bf16 (64 k's; TURNED: these lie k by k, [k, n]). DEPTH
+// pieces are always under way into a ring in shared memory that is the warp's own, so nobody waits for another warp
+// before the sums. Products go through mma.m16n8k16 with the weights as A and the slots as the 8 columns of B. Which k
+// stands where inside a product does not matter as long as A and B agree: a thread takes 16 neighbouring bytes of a
+// row at a time. Sums are added in a fixed order: a slot's result does not depend on the other slots.
 //
-// Blocks of NEIGHBOURS pieces of the outputs stand beside each other for one tile, then the same for the next tile: tiles
-// of one expert run at the same time and read its weights from memory once, and so do neighbours in a turned row.
+// Blocks of NEIGHBOURS pieces of the outputs stand beside each other for one tile, then the same for the next tile:
+// tiles of one expert run at the same time and read its weights from memory once, and so do neighbours in a turned row.
 
 constexpr int NEIGHBOURS = 8;
 
