@@ -44,9 +44,9 @@ _MESSAGE_CHARS = 500
 class Link:
     """Two connections to the orchestrator: one is taken from, one is sent through.
 
-    The first is the loop's thread's alone. Any thread may send: through another socket, behind a lock. A
-    socket that one thread sends through while another polls it loses wake-ups: the sending thread takes away
-    what tells the poll of a message, and the message lies there until the next one comes.
+    The first is the loop's thread's alone. Any thread may send: through another socket, behind a lock. One
+    that a thread sends through while another polls it loses wake-ups: the sending thread takes away what
+    tells the poll of a message, and the message lies there until the next one comes.
     """
 
     def __init__(self, address: str, rank: int, parent: Parent) -> None:
