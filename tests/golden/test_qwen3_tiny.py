@@ -22,7 +22,15 @@ from transformers import (
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from tests.golden.harness import Driver, Job, run_ranks_as_threads
-from tests.golden.tiny import NEW_TOKENS, TOLERANCE, Reference, answers_of, force_split, run_layout
+from tests.golden.tiny import (
+    NEW_TOKENS,
+    TOLERANCE,
+    Reference,
+    answers_of,
+    force_split,
+    let_products_add,
+    run_layout,
+)
 from tests.server import served, until
 from tests.unit.text_models import byte_level
 from tests.unit.text_models import directory as write_text_files
@@ -102,6 +110,17 @@ def test_dense_layouts_match_transformers(root: Path, kv_heads: int, tp: int, pp
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_mixtures_match_transformers(root: Path, kv_heads: int, kind: str, tp: int, pp: int) -> None:
     run_layout(*moe(root, kv_heads, kind), tp, pp)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("pp", [1, 3])
+def test_a_block_may_have_added_its_sum(
+    root: Path, pp: int, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense blocks and mixtures, whose sum is always pending."""
+    let_products_add(monkeypatch, every)
+    run_layout(*dense(root, 2), 1, pp)
+    run_layout(*moe(root, 2, "some sparse"), 1, pp)
 
 
 @pytest.mark.parametrize("is_split", [False, True])

@@ -1,5 +1,6 @@
 """What tests of tiny models share: the reference's greedy answers, and how ranks are held to them."""
 
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from transformers import PreTrainedModel
 
 from protocol.topology import Topology
 from tests.golden.harness import Driver, Job, run_ranks_as_threads
+from worker.backends.base import Weight
+from worker.backends.cpu import CpuBackend
+from worker.comm import Communicator
 
 PROMPT_LENGTHS = (1, 3, 7, 8, 18, 45)
 NEW_TOKENS = 10
@@ -49,6 +53,23 @@ def check(jobs: list[Job], reference: Reference) -> None:
         assert job.output_ids == token_ids
         assert [one.logprob for one in job.logprobs] == pytest.approx(logprobs, abs=TOLERANCE)
         assert [one.token_id for one in job.logprobs] == token_ids
+
+
+def let_products_add(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """Have every so many-th product that ends a block added to the residual at once, as on a GPU."""
+    turns = count()
+
+    def linear_update(
+        self: CpuBackend, residual: torch.Tensor, x: torch.Tensor, weight: Weight, comm: Communicator
+    ) -> torch.Tensor | None:
+        assert comm.topology.tp == 1
+        product = self.linear(x, weight)
+        if next(turns) % every:
+            return product
+        residual.add_(product)
+        return None
+
+    monkeypatch.setattr(CpuBackend, "linear_update", linear_update)
 
 
 def run_layout(directory: Path, reference: Reference, tp: int, pp: int, ep: int = 1, dcp: int = 1) -> None:
