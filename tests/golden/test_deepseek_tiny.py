@@ -20,7 +20,7 @@ from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25ForConditiona
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from tests.golden.harness import Driver, Job, run_ranks_as_threads
-from tests.golden.tiny import force_split
+from tests.golden.tiny import force_split, let_products_add
 from tests.server import served
 from tests.unit.text_models import byte_level
 
@@ -179,6 +179,12 @@ def check_answers(directory: Path, answers: list[Answer], topology: Topology, kv
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_layout_matches_transformers(root: Path, variant: str, tp: int, pp: int) -> None:
     check_layout(root, variant, tp, pp)
+
+
+@pytest.mark.parametrize("variant", ["deepseek", "dense"])
+def test_a_block_may_have_added_its_sum(root: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_products_add(monkeypatch, 1)
+    check_layout(root, variant, 1, 2)
 
 
 @pytest.mark.parametrize("variant", ["dense", "two shared", "queries at once"])

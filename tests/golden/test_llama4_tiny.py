@@ -23,6 +23,7 @@ from orchestrator.scheduler import Scheduler, SchedulerConfig
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from tests.golden.harness import Driver, Job, run_ranks_as_threads
+from tests.golden.tiny import let_products_add
 from tests.server import served
 from tests.unit.text_models import byte_level
 
@@ -157,6 +158,12 @@ def check_layout(root: Path, variant: str, tp: int, pp: int, ep: int = 1) -> Non
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_layout_matches_transformers(root: Path, variant: str, tp: int, pp: int) -> None:
     check_layout(root, variant, tp, pp)
+
+
+@pytest.mark.parametrize("variant", ["maverick", "dense"])
+def test_a_block_may_have_added_its_sum(root: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_products_add(monkeypatch, 1)
+    check_layout(root, variant, 1, 2)
 
 
 @pytest.mark.parametrize(
