@@ -128,24 +128,22 @@ class World:
         self.max_rows = len(lengths) + spare_rows
         self.max_blocks = max(-(-length // block) for length in lengths) + 5
         total = sum(-(-length // block) for length in lengths)
-        # Runs are looked for among what is left by scattered rows before them.
-        self.num_blocks = total + 7 if not runs else 8 * total
+        # Runs come first, each before a block that nobody has.
+        for_runs = sum(-(-lengths[row] // block) + 1 for row in runs)
+        self.num_blocks, first_of_run = total + len(runs) + 7, 0
         order = torch.randperm(self.num_blocks, generator=generator, device="cuda").tolist()
+        order = [at for at in order if at >= for_runs]
         # Lines of other rows, and entries beyond a row's length, point outside of the cache.
         tables = torch.full((self.max_rows + 1, self.max_blocks), 1 << 30, dtype=torch.int32)
         slots = torch.randperm(self.max_rows, generator=generator, device="cuda").tolist()[: len(lengths)]
         self.blocks = []
         for slot, length in zip(slots, lengths, strict=True):
             count = -(-length // block)
-            row = len(self.blocks)
-            if row in runs:
-                free = set(order)
-                first = next(b for b in order if all(b + i in free for i in range(count)))
-                order = [
-                    *range(first, first + count),
-                    *(b for b in order if not first <= b < first + count),
-                ]
-            mine, order = order[:count], order[count:]
+            if len(self.blocks) in runs:
+                mine = list(range(first_of_run, first_of_run + count))
+                first_of_run += count + 1
+            else:
+                mine, order = order[:count], order[count:]
             tables[slot, :count] = torch.tensor(mine, dtype=torch.int32)
             self.blocks.append(mine)
         tables[self.max_rows] = order[0]
