@@ -197,8 +197,9 @@ class _PinnedBuffers:
         """Copy ``parts``, one after another, to the start of ``to``."""
         turn, self._turn = self._turn, (self._turn + 1) % _BUFFERS
         if turn < len(self._copied):
-            # Long true where fewer steps are in flight than there are buffers.
-            self._copied[turn].synchronize()
+            # Long true where fewer steps are in flight than there are buffers; a wait is asked for only else.
+            if not self._copied[turn].query():  # type: ignore[no-untyped-call]
+                self._copied[turn].synchronize()
         else:
             self._copied.append(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
         array, size = self._arrays[turn], 0
