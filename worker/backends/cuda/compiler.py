@@ -8,6 +8,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from worker.backends.cuda.driver import CudaError
 SOURCES = Path(__file__).with_name("kernels")
 COMMON = "common.cuh"
 TENSOR = "tensor.cuh"
-_USE_TENSOR = ("attention", "latent")
+_USE_TENSOR = ("attention", "collectives", "latent")
 """Files that ``TENSOR`` is put before too."""
 _OPTIONS = ("--std=c++17", "-default-device", "--extra-device-vectorization")
 
@@ -57,9 +58,11 @@ class KernelCache:
         return code, True
 
     def warm(self) -> Iterator[tuple[str, bool]]:
-        """Compile what is missing; give each file's name and whether it was."""
-        for name in source_names():
-            yield name, self.load(name)[1]
+        """Compile what is missing, side by side; give each file's name and whether it was."""
+        names = source_names()
+        # The compiler lets go of the interpreter while it works.
+        with ThreadPoolExecutor(len(names)) as pool:
+            yield from zip(names, (was_built for _, was_built in pool.map(self.load, names)), strict=True)
 
     def _key(self, source: bytes) -> str:
         version = _check(nvrtc.nvrtcVersion(), "nvrtcVersion")

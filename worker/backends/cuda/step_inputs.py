@@ -197,7 +197,7 @@ class _PinnedBuffers:
         """Copy ``parts``, one after another, to the start of ``to``."""
         turn, self._turn = self._turn, (self._turn + 1) % _BUFFERS
         if turn < len(self._copied):
-            # Long true where fewer steps are in flight than there are buffers; a wait is asked for only else.
+            # Long true where fewer steps are in flight than there are buffers.
             if not self._copied[turn].query():  # type: ignore[no-untyped-call]
                 self._copied[turn].synchronize()
         else:
