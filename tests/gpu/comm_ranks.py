@@ -37,7 +37,7 @@ class Ranks:
         self.processes = []
         for rank in range(topology.world_size):
             ours, theirs = context.Pipe()
-            work = (module, body, topology.tp, topology.pp, rank, self.directory.name, page, theirs)
+            work = (module, body, topology, rank, self.directory.name, page, theirs)
             process = context.Process(target=_run, args=work, daemon=True)
             process.start()
             theirs.close()
@@ -101,7 +101,7 @@ def run_all(module: str, body: str, topology: Topology, timeout_s: float = 60.0)
 
 
 def _run(
-    module: str, body: str, tp: int, pp: int, rank: int, directory: str, page: str, pipe: Connection
+    module: str, body: str, topology: Topology, rank: int, directory: str, page: str, pipe: Connection
 ) -> None:
     try:
         import torch
@@ -116,14 +116,14 @@ def _run(
         kernels = Kernels(KernelCache(Path(directory), ARCHITECTURE))
         page_fd = os.open(page, os.O_RDWR)
         comm = CudaCommunicator.connect(
-            Topology(tp=tp, pp=pp),
+            topology,
             rank,
             f"{directory}/rendezvous",
             CONNECT_S,
             kernels,
             page_fd=page_fd,
             # NCCL wants a GPU for each rank; where there is one, long messages go its way.
-            nccl_bytes=LONGEST_BYTES if count >= tp * pp else 0,
+            nccl_bytes=LONGEST_BYTES if count >= topology.world_size else 0,
         )
         os.close(page_fd)
         found = getattr(importlib.import_module(module), body)(comm, pipe)

@@ -185,6 +185,104 @@ def check_graph(comm: "CudaCommunicator", own: random.Random, place: int) -> Non
     comm.check()
 
 
+def positions_body(comm: "CudaCommunicator", pipe: Connection) -> int:
+    """The collectives of a dcp group, among those of the group that it is a part of."""
+    topology, own, alike = comm.topology, random.Random(comm.rank), random.Random(9)
+    group, size = comm.dcp, topology.dcp
+    assert group is not None
+    index, first = topology.dcp_rank(topology.tp_rank(comm.rank)), topology.dcp_group(comm.rank)[0]
+    for number in range(6):
+        seed = 1000 * number + first
+        dawdle(own)
+        total = numbers(topology.tp_rank(comm.rank) + 1000 * number, 700)
+        comm.all_reduce(total)
+        assert torch.equal(total, summed(comm, 1000 * number, 700, F32))
+        rows, heads, dim = alike.randrange(1, 40), alike.randrange(1, 6), alike.choice([8, 32, 128])
+        if number == 5:
+            rows, heads, dim = 300, 8, 512  # in pieces
+        dtype = (BF16, F32)[number % 2]
+        x = numbers(seed + index, (rows, heads, dim), dtype)
+        found = group.gather_rows(x)
+        everyone = [numbers(seed + r, (rows, heads, dim), dtype) for r in range(size)]
+        assert torch.equal(found, torch.stack(everyone, 1)), f"gather_rows {rows} {heads} {dim}"
+        assert torch.equal(group.all_gather(x), torch.stack(everyone)), f"all_gather {rows} {heads} {dim}"
+        scattered = group.reduce_scatter(torch.stack(everyone) + index)
+        expected = torch.zeros_like(x)
+        sum_in_rank_order([everyone[index] + r for r in range(size)], expected)
+        assert torch.equal(scattered[0], expected), f"reduce_scatter {rows} {heads} {dim}"
+        dawdle(own)
+        check_merge(comm, seed, (rows, size * heads, dim), dtype)
+    odd = numbers(first + index, (5, 3), BF16)  # rows of six bytes
+    assert torch.equal(
+        group.gather_rows(odd), torch.stack([numbers(first + r, (5, 3), BF16) for r in range(size)], 1)
+    )
+    check_positions_graph(comm, own, first, index)
+    comm.barrier()
+    comm.check()
+    return comm.buffer_bytes
+
+
+def parts_of(
+    seed: int, shape: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a rank's part of some contexts gives, and how much it counts: a fifth of the parts are empty."""
+    found = numbers(seed, shape, dtype)
+    sums = 6 * numbers(seed + 500, shape[:2])
+    is_empty = numbers(seed + 600, shape[:2]) < -0.8
+    is_empty[0] = True  # nobody has anything of the first token
+    return found.masked_fill(is_empty[..., None], 0.0), sums.masked_fill(is_empty, float("-inf"))
+
+
+def merged(
+    size: int, index: int, seed: int, shape: tuple[int, int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    parts = [parts_of(seed + r, shape, dtype) for r in range(size)]
+    sums = torch.stack([sums for _, sums in parts]).double() * 0.6931471805599453
+    weights = sums.softmax(0).nan_to_num()[..., None]
+    found = (torch.stack([found for found, _ in parts]).double() * weights).sum(0)
+    return found.unflatten(1, (size, -1))[:, index]
+
+
+def check_merge(
+    comm: "CudaCommunicator", seed: int, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    assert comm.dcp is not None
+    topology = comm.topology
+    index = topology.dcp_rank(topology.tp_rank(comm.rank))
+    found = comm.dcp.merge_parts(*parts_of(seed + index, shape, dtype))
+    expected = merged(topology.dcp, index, seed, shape, dtype)
+    bound = 2.0**-7 if dtype is BF16 else 1e-5
+    torch.testing.assert_close(found.double(), expected, rtol=bound, atol=1e-5)
+
+
+def check_positions_graph(comm: "CudaCommunicator", own: random.Random, first: int, index: int) -> None:
+    group, size, shape = comm.dcp, comm.topology.dcp, (3, 2 * comm.topology.dcp, 64)
+    assert group is not None
+    x = torch.zeros(3, 2, 64, device="cuda")
+    found, sums = torch.zeros(shape, device="cuda"), torch.zeros(shape[:2], device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        gathered = group.gather_rows(x)
+        own_heads = group.merge_parts(found, sums)
+        comm.all_reduce(own_heads)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for replay in range(10):
+        seed = 1000 * replay
+        x.copy_(numbers(seed + first + index, (3, 2, 64)))
+        for to, part in zip((found, sums), parts_of(seed + index, shape, F32), strict=True):
+            to.copy_(part)
+        own_heads.fill_(float("nan"))
+        if replay % 4 == 3:
+            dawdle(own)
+        graph.replay()
+        everyone = torch.stack([numbers(seed + first + r, (3, 2, 64)) for r in range(size)], 1)
+        whole = sum(merged(size, place % size, seed, shape, F32) for place in range(comm.topology.tp))
+        wrong += (gathered != everyone).sum()
+        wrong += (~torch.isclose(own_heads.double(), whole, rtol=1e-5, atol=1e-5)).sum()
+    assert wrong.item() == 0
+
+
 def stages_body(comm: "CudaCommunicator", pipe: Connection) -> int:
     topology, own, alike = comm.topology, random.Random(comm.rank), random.Random(5)
     stage, place = topology.stage(comm.rank), topology.tp_rank(comm.rank)
@@ -244,6 +342,13 @@ def endless_body(comm: "CudaCommunicator", pipe: Connection) -> tuple[float, str
 @pytest.mark.parametrize("tp", [2, 4, 8])
 def test_a_group_that_shares_a_gpu(tp: int) -> None:
     found = run_all(__name__, "group_body", Topology(tp=tp), 120.0)
+    assert set(found) == {found[0]}
+    assert 0 < found[0] <= 64 << 20
+
+
+@pytest.mark.parametrize(("tp", "pp", "dcp"), [(4, 1, 2), (4, 1, 4), (2, 2, 2), (8, 1, 2)])
+def test_ranks_that_keep_positions_by_turns(tp: int, pp: int, dcp: int) -> None:
+    found = run_all(__name__, "positions_body", Topology(tp=tp, pp=pp, dcp=dcp), 120.0)
     assert set(found) == {found[0]}
     assert 0 < found[0] <= 64 << 20
 

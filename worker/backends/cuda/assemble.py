@@ -134,6 +134,11 @@ class Assembled:
     def __init__(self, work: BootWork, device: Device, comm: CudaCommunicator) -> None:
         boot, spec, topology = work.boot, work.spec, comm.topology
         _check_packing(spec)
+        if topology.dcp > 1:
+            raise UnsupportedModelError(
+                f"KV kept by position over {topology.dcp} ranks is served on CPUs: on GPUs take dcp 1",
+                field="dcp",
+            )
         self._device, self._comm, self._limits = device, comm, RankLimits.of(boot)
         layers = work.stages[topology.stage(boot.rank)]
         takes_turns = topology.world_size > 1 and not device.is_alone

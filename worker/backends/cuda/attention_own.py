@@ -127,16 +127,16 @@ class OwnDecode:
         if path in _RINGS:
             warps, stages, blocks, self._cluster = _RINGS[path]
             assert split_tokens & (split_tokens - 1) == 0, split_tokens
-            self._kernel = kernels.get("attention", f"decode_{path}", "PPPPPiiPPPiiiiif")
+            self._kernel = kernels.get("attention", f"decode_{path}", "PPPPPiiPPPPiiiiif")
             self._heads, self._threads = 8, 32 * warps
             self._shared_bytes = warps * stages * _ring_tile_bytes(shape)
         elif path == "tensor":
             dims = next(d for d in _TENSOR_BLOCKS if d >= largest)
-            self._kernel = kernels.get("attention", f"decode_tensor_{dims}", "PPPPPiiPPPiiiiif")
+            self._kernel = kernels.get("attention", f"decode_tensor_{dims}", "PPPPPiiPPPPiiiiif")
             self._heads, blocks = 8, _TENSOR_BLOCKS[dims]
         else:
             name = f"decode_vector_{shape.kernel_suffix}"
-            self._kernel = kernels.get("attention", name, "PPPPPiiPPPiiiiifi")
+            self._kernel = kernels.get("attention", name, "PPPPPiiPPPPiiiiifi")
             self._heads, blocks = 4, _FLOAT8_VECTOR_BLOCKS if shape.is_float8 else _VECTOR_BLOCKS
             self._arguments += (1 << (largest // 8 - 1).bit_length(),)
         self._blocks_at_once = blocks * multiprocessors
@@ -168,8 +168,13 @@ class OwnDecode:
         queries: torch.Tensor,
         cache: LayerCache,
         out: torch.Tensor,
+        log_sums: torch.Tensor | None = None,
     ) -> None:
-        """Attend ``queries`` [rows, heads * key_dim]."""
+        """Attend ``queries`` [rows, heads * key_dim].
+
+        ``log_sums``, float32 [rows, heads], gets the base-2 logarithm of each softmax's denominator, -inf
+        for a row without tokens, whose output is zeros: with these, attentions to parts are merged.
+        """
         shape = self._shape
         self._kernel(
             (self._splits(rows.count) * self._cluster, self._pairs_per_row, rows.count),
@@ -183,6 +188,7 @@ class OwnDecode:
                 shape.max_blocks,
                 shape.block_tokens,
                 out,
+                0 if log_sums is None else log_sums,
                 scratch,
                 counters,
                 shape.heads,

@@ -8,7 +8,6 @@ from datetime import timedelta
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from protocol.errors import UnsupportedModelError
 from protocol.topology import Topology
 from worker.backends.cuda.comm_ipc import IpcGroup, IpcLane
 from worker.backends.cuda.comm_memory import MOST_GROUP, LaneLayout, Regions, lay_out
@@ -39,19 +38,18 @@ class CudaCommunicator:
         page: Page | None = None,
         regions: Regions | None = None,
         group: IpcGroup | None = None,
+        dcp: IpcGroup | None = None,
         lanes: dict[DeviceOperation, IpcLane] | None = None,
         nccl: NcclWay | None = None,
         store: FileStore | None = None,
     ) -> None:
         """Use ``connect``."""
         self.rank, self.topology = rank, topology
+        self.dcp = dcp
+        """See ``Communicator.dcp``; the group's own object where that is as large."""
         self._page, self._regions, self._group = page, regions, group
         self._lanes, self._nccl, self._store = lanes or {}, nccl, store
         self._is_closed = False
-
-    @property
-    def dcp(self) -> None:
-        """See ``Communicator.dcp``: ranks with GPUs have none yet, ``connect`` refuses the degree."""
 
     @classmethod
     def connect(
@@ -70,14 +68,8 @@ class CudaCommunicator:
         Uses torch's current device. ``timeout_s`` bounds the meeting and every later wait. ``page_fd`` is
         the abort page that the supervisor made, and stays the caller's; a single rank needs none.
         ``nccl_bytes``: the longest message, where every rank has a GPU of its own; 0 leaves NCCL out.
-        Errors: ``CollectiveError``; ``CudaError``; ``ValueError`` for too many ranks;
-        ``UnsupportedModelError`` for KV that is kept by position.
+        Errors: ``CollectiveError``; ``CudaError``; ``ValueError`` for too many ranks.
         """
-        if topology.dcp > 1:
-            raise UnsupportedModelError(
-                f"KV kept by position over {topology.dcp} ranks is served on CPUs: on GPUs take dcp 1",
-                field="dcp",
-            )
         if topology.world_size == 1:
             return cls(rank, topology)
         if topology.tp > MOST_GROUP or topology.world_size > MOST_RANKS:
@@ -90,16 +82,22 @@ class CudaCommunicator:
         layout = lay_out(topology)
         regions = Regions(rank, layout.num_bytes)
         regions.exchange(store, _peers(topology, rank))
-        group = None
+        stage, place = topology.stage(rank), topology.tp_rank(rank)
+        group = dcp = None
         if topology.tp > 1:
-            group = IpcGroup(kernels, topology, rank, regions, layout, page, timeout_s)
+            ranks = topology.tp_group(stage)
+            group = IpcGroup(kernels, ranks, rank, regions, layout.group, page, timeout_s)
+        if topology.dcp > 1:
+            dcp = group
+            if topology.dcp < topology.tp:
+                ranks = topology.dcp_group(rank)
+                dcp = IpcGroup(kernels, ranks, rank, regions, layout.positions, page, timeout_s)
 
         lanes = {}
 
         def open_lane(operation: DeviceOperation, peer: int, lane: LaneLayout) -> None:
             lanes[operation] = IpcLane(kernels, operation, rank, peer, regions, lane, page, timeout_s)
 
-        stage, place = topology.stage(rank), topology.tp_rank(rank)
         if not topology.is_last(rank):
             open_lane(DeviceOperation.TO_NEXT_STAGE, topology.rank(stage + 1, place), layout.hidden)
         if not topology.is_first(rank):
@@ -114,7 +112,15 @@ class CudaCommunicator:
             nccl = NcclWay(store, topology.tp_group(stage), rank, timeout_s, nccl_bytes)
         page.barrier()
         return cls(
-            rank, topology, page=page, regions=regions, group=group, lanes=lanes, nccl=nccl, store=store
+            rank,
+            topology,
+            page=page,
+            regions=regions,
+            group=group,
+            dcp=dcp,
+            lanes=lanes,
+            nccl=nccl,
+            store=store,
         )
 
     @property

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from protocol.topology import Topology
-from worker.backends.cuda.comm_memory import MOST_BLOCKS, WORDS_BYTES, LaneLayout, RegionLayout, Regions
+from worker.backends.cuda.comm_memory import MOST_BLOCKS, WORDS_BYTES, GroupLayout, LaneLayout, Regions
 from worker.backends.cuda.comm_page import DeviceOperation, Page
 from worker.backends.cuda.launch import Kernel, Kernels
 from worker.comm_group import sum_in_rank_order
@@ -18,7 +17,12 @@ _FILE = "collectives"
 _GROUP = "PPPPPPPP" + "PQ" + "qqqqqqqq"  # struct Group
 _DEAL = _GROUP + "q" * 32  # struct Deal
 _LANE = "PPPQ" + "qqqqqqqqq"  # struct Lane
-_SUMS = {"all_reduce_one_shot": "Pq", "all_reduce_two_shot": "Pq", "reduce_scatter": "PPqq"}
+_SUMS = {
+    "all_reduce_one_shot": "Pq",
+    "all_reduce_two_shot": "Pq",
+    "reduce_scatter": "PPqq",
+    "merge_parts": "PPPqii",
+}
 _PACK_BYTES = 16
 _WORDS_BLOCK = 256
 _BLOCK = 512
@@ -26,31 +30,30 @@ _NORM_CHUNKS = (1, 2, 4)  # of a row, for a thread
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
-def one_shot_limit(tp: int) -> int:
-    """Return the bytes up to which every rank sends all it has to all: then it sends tp - 1 times that."""
-    return min(WORDS_BYTES, (512 << 10) // tp)
+def one_shot_limit(ranks: int) -> int:
+    """Return the bytes up to which every rank sends all it has to all: then it sends that to each."""
+    return min(WORDS_BYTES, (512 << 10) // ranks)
 
 
 class IpcGroup:
-    """The collectives of one rank in its tensor-parallel group of 2 to 8."""
+    """The collectives of one rank in a group of 2 to 8 neighbours."""
 
     def __init__(
         self,
         kernels: Kernels,
-        topology: Topology,
+        ranks: range,
         rank: int,
         regions: Regions,
-        layout: RegionLayout,
+        layout: GroupLayout,
         page: Page,
         timeout_s: float,
     ) -> None:
-        self._page = page
-        self._size, self._index = topology.tp, topology.tp_rank(rank)
-        self._ranks = topology.tp_group(topology.stage(rank))
+        self._page, self._ranks = page, ranks
+        self._size, self._index = len(ranks), rank - ranks[0]
         self._layout = layout
-        self._limit = one_shot_limit(self._size)
+        self._limit = one_shot_limit(self._size) if layout.words_slot else 0
         self._kernels = _load(kernels, next(width for width in (2, 4, 8) if self._size <= width))
-        addresses = [regions[peer] for peer in self._ranks] + [0] * (8 - self._size)
+        addresses = [regions[peer] + layout.base for peer in ranks] + [0] * (8 - self._size)
         places = (layout.words, layout.words_slot, layout.plain, layout.plain_slot)
         head = (
             *addresses,
@@ -135,6 +138,57 @@ class IpcGroup:
             kernel((_blocks(num_bytes, _BLOCK),), _BLOCK, (*arguments, *struct))
         return out
 
+    def gather_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the rows of x [rows, …] of all ranks, [rows, ranks, …]."""
+        x = x.contiguous()
+        rows, row_bytes = x.shape[0], x.nbytes // max(x.shape[0], 1)
+        if row_bytes % _PACK_BYTES:
+            return self.all_gather(x).transpose(0, 1).contiguous()
+        out = torch.empty((rows, self._size, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        kernel, struct = self._kernels["gather_rows"], self._structs[DeviceOperation.ALL_GATHER]
+        most = self._layout.plain_slot // max(row_bytes, 1)
+        assert most, f"rows of {row_bytes} bytes are longer than a slot of {self._layout.plain_slot}"
+        for first in range(0, rows, most):
+            count = min(most, rows - first)
+            address = x.data_ptr() + first * row_bytes
+            to = out.data_ptr() + first * row_bytes * self._size
+            arguments = (address, to, count, row_bytes // _PACK_BYTES, *struct)
+            kernel((_blocks(count * row_bytes, _BLOCK),), _BLOCK, arguments)
+        return out
+
+    def merge_parts(self, found: torch.Tensor, log_sums: torch.Tensor) -> torch.Tensor:
+        """Return attention of this rank's heads over the parts of contexts that the ranks keep.
+
+        ``found`` [tokens, ranks * heads, dim], bf16 or float32: what the parts that are here give to the
+        heads of all ranks; ``log_sums``, float32 [tokens, ranks * heads]: the base-2 logarithms of their
+        softmaxes' denominators, -inf for an empty part. Returns [tokens, heads, dim], added in rank order;
+        zeros where all parts are empty. ``dim`` is whole runs of 16 bytes.
+        """
+        tokens, everybody, dim = found.shape
+        heads = everybody // self._size
+        assert found.is_contiguous(), found.stride()
+        assert log_sums.is_contiguous(), log_sums.stride()
+        assert log_sums.dtype == torch.float32, log_sums.dtype
+        assert log_sums.shape == found.shape[:2], (log_sums.shape, found.shape)
+        assert dim * found.itemsize % _PACK_BYTES == 0, (dim, found.dtype)
+        out = torch.empty((tokens, heads, dim), dtype=found.dtype, device=found.device)
+        kernel = self._kernels[f"merge_parts_{_NAMES[found.dtype]}"]
+        struct = self._structs[DeviceOperation.MERGE_PARTS]
+        given_bytes, own_bytes = everybody * dim * found.itemsize, heads * dim * found.itemsize
+        # In a slot a token's log-sums stand behind its means, in whole packs.
+        most = self._layout.plain_slot // (own_bytes + -(-heads // 4) * _PACK_BYTES)
+        assert most, f"{heads} heads of {dim} elements are longer than a slot of {self._layout.plain_slot}"
+        for first in range(0, tokens, most):
+            count = min(most, tokens - first)
+            arguments = (
+                found.data_ptr() + first * given_bytes,
+                log_sums.data_ptr() + first * everybody * log_sums.itemsize,
+                out.data_ptr() + first * own_bytes,
+                *(count, heads, dim, *struct),
+            )
+            kernel((min(count, MOST_BLOCKS),), _BLOCK, arguments)
+        return out
+
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
         """See ``Communicator.reduce_scatter``."""
         if x.shape[0] % self._size:
@@ -212,7 +266,7 @@ class IpcLane:
 
 def _load(kernels: Kernels, width: int) -> dict[str, Kernel]:
     # All at once: a module must not be loaded while a graph is captured.
-    found = {}
+    found = {"gather_rows": kernels.get(_FILE, "gather_rows", "PPqi" + _GROUP)}
     for name in _NAMES.values():
         for stem, signature in _SUMS.items():
             found[f"{stem}_{name}"] = kernels.get(_FILE, f"{stem}_{name}_{width}", signature + _GROUP)

@@ -30,6 +30,7 @@ HIDDEN_BYTES = 4 << 20
 _HIDDEN_DEPTH = 2
 _TOKEN_BYTES = 16 << 10
 _FLAGS_AT = 4096  # as in collectives.cu
+_GROUP_FLAGS_BYTES = 2 * 2 * MOST_GROUP * MOST_BLOCKS * 8
 _UNIT = 2 << 20  # the driver's own: a region shares its allocation, which peers map whole, with nothing
 
 
@@ -47,13 +48,25 @@ class LaneLayout:
 
 
 @dataclass(frozen=True)
+class GroupLayout:
+    """Of a group's collectives; in bytes. Head and flags stand at the beginning of what is the group's."""
+
+    base: int
+    """Where that is, in a rank's region; the others count from there."""
+    words: int
+    words_slot: int
+    """0: no sum goes as words."""
+    plain: int
+    plain_slot: int
+
+
+@dataclass(frozen=True)
 class RegionLayout:
     """Where things stand in a rank's region, the same on every rank; in bytes."""
 
-    words: int
-    words_slot: int
-    plain: int
-    plain_slot: int
+    group: GroupLayout
+    positions: GroupLayout
+    """Of the dcp group; where it is the tp group, that one's."""
     hidden: LaneLayout
     tokens: LaneLayout
     num_bytes: int
@@ -64,7 +77,7 @@ def lay_out(topology: Topology) -> RegionLayout:
     has_group, has_stages = topology.tp > 1, topology.pp > 1
     # As many tokens as steps can be in flight: the last stage never waits for the first.
     token_depth = topology.pp + 2
-    flags = _FLAGS_AT + 2 * 2 * MOST_GROUP * MOST_BLOCKS * 8
+    flags = _FLAGS_AT + _GROUP_FLAGS_BYTES
     token_flags = flags + _HIDDEN_DEPTH * MOST_BLOCKS * 8
     end = _round_up(token_flags + token_depth * MOST_BLOCKS * 8, 4096)
 
@@ -72,6 +85,11 @@ def lay_out(topology: Topology) -> RegionLayout:
     end += 2 * topology.tp * words_slot * has_group
     plain, plain_slot = end, PLAIN_BYTES // topology.tp // 16 * 16
     end += 2 * 2 * topology.tp * plain_slot * has_group
+    group = positions = GroupLayout(0, words, words_slot, plain, plain_slot)
+    if 1 < topology.dcp < topology.tp:
+        first, plain_slot = _FLAGS_AT + _GROUP_FLAGS_BYTES, PLAIN_BYTES // topology.dcp // 16 * 16
+        positions = GroupLayout(end, first, 0, first, plain_slot)
+        end = _round_up(end + first + 2 * 2 * topology.dcp * plain_slot, 4096)
     hidden_slots = end
     end += _HIDDEN_DEPTH * HIDDEN_BYTES * has_stages
     token_slots = end
@@ -79,7 +97,7 @@ def lay_out(topology: Topology) -> RegionLayout:
     # Heads and counters that different ranks write have 64 bytes each; the group's head is at 0.
     hidden = LaneLayout(64, 128, 192, flags, hidden_slots, HIDDEN_BYTES, _HIDDEN_DEPTH)
     tokens = LaneLayout(256, 320, 384, token_flags, token_slots, _TOKEN_BYTES, token_depth)
-    return RegionLayout(words, words_slot, plain, plain_slot, hidden, tokens, _round_up(end, _UNIT))
+    return RegionLayout(group, positions, hidden, tokens, _round_up(end, _UNIT))
 
 
 class Regions:

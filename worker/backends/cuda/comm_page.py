@@ -38,6 +38,7 @@ class DeviceOperation(IntEnum):
     FROM_PREVIOUS_STAGE = 7
     TOKENS_TO_FIRST_STAGE = 8
     TOKENS_FROM_LAST_STAGE = 9
+    MERGE_PARTS = 10
 
     @property
     def label(self) -> str:

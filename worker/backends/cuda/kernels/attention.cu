@@ -4,7 +4,8 @@
 //
 // Decode (one query token a row): grid (splits, kv_heads * head tiles, rows). How far a row is split follows from
 // its length, read here, so a captured graph stays right as rows grow. The last block of a (row, head tile) to
-// finish merges the others' parts.
+// finish merges the others' parts. `lse`, null or [rows, heads]: the base-2 logarithms of the softmaxes' denominators,
+// with which attentions to parts of a context are merged; NONE for a row without tokens, whose means are zeros.
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, MOST_SPLITS = 128;
 
@@ -80,10 +81,10 @@ template <typename T> __device__ __forceinline__ void store_mean(T* to, Merged& 
   store<T, 4>(to, merged.sum);
 }
 
-// Merge the warps, then the splits. `out` is the first of `count` heads of one token.
+// Merge the warps, then the splits. `out` and `lse` are those of the first of `count` heads of one token.
 // partial: [row and head tile][split][head of the tile][value_dim + 2]: sums, maximum, total.
 template <typename T, int HEADS, int DIMS, int WARPS>
-__device__ void finish(Parts<HEADS, DIMS, WARPS>& parts, T* out, float* partial, int* done, int count,
+__device__ void finish(Parts<HEADS, DIMS, WARPS>& parts, T* out, float* lse, float* partial, int* done, int count,
                        int value_dim, int splits) {
   constexpr int THREADS = 32 * WARPS;
   const int pair = blockIdx.z * gridDim.y + blockIdx.y;
@@ -94,6 +95,7 @@ __device__ void finish(Parts<HEADS, DIMS, WARPS>& parts, T* out, float* partial,
     const int head = i / value_dim, dim = i % value_dim;
     Merged merged = merge_warps(parts, head, dim);
     if (splits == 1) {
+      if (lse && dim == 0) lse[head] = log_sum(merged.top, merged.total);
       store_mean(out + i, merged);
     } else {
       // The pitch is even, so two values are eight aligned bytes.
@@ -137,6 +139,7 @@ __device__ void finish(Parts<HEADS, DIMS, WARPS>& parts, T* out, float* partial,
     }
     total = warp_sum(total);
     if (lane == 0) parts.inverse[head] = total > 0.0f ? 1.0f / total : 0.0f;
+    if (lse && lane == 0) lse[head] = log_sum(top, total);
   }
   __syncthreads();
   for (int i = 2 * threadIdx.x; i < count * value_dim; i += 2 * THREADS) {
@@ -160,8 +163,8 @@ __device__ void finish(Parts<HEADS, DIMS, WARPS>& parts, T* out, float* partial,
 // block_tokens is a multiple of 16. In the first product it does not matter which dim stands where, as long as
 // K and Q agree, so a thread loads 8 neighbours; in the second, which row of the result is which dim.
 template <int DIMS>
-__device__ void decode_tensor(const bf16* queries, const bf16* cache, Rows rows, bf16* out, float* partial,
-                              int* done, Shape shape, int split_tokens, float scale) {
+__device__ void decode_tensor(const bf16* queries, const bf16* cache, Rows rows, bf16* out, float* lse,
+                              float* partial, int* done, Shape shape, int split_tokens, float scale) {
   constexpr int STEPS = DIMS / 32, HALVES = DIMS / 64, HEADS = 8;
   __shared__ Parts<HEADS, DIMS> parts;
   let_next_start();
@@ -269,7 +272,8 @@ __device__ void decode_tensor(const bf16* queries, const bf16* cache, Rows rows,
         for (int d = 0; d < 2; ++d)
           parts.sums[warp][part * 2 + h][i * 64 + group * 8 + j * 2 + d] = sums[i][j][d * 2 + h];
   }
-  finish<bf16>(parts, out + head * shape.value_dim, partial, done, count, shape.value_dim, splits);
+  finish<bf16>(parts, out + head * shape.value_dim, lse ? lse + head : lse, partial, done, count, shape.value_dim,
+               splits);
 }
 
 // The same products for dims of 128, with a ring of STAGES tiles of 16 tokens in shared memory for each warp:
@@ -308,7 +312,7 @@ template <int HEADS, int DIMS> struct Whole { alignas(16) float heads[HEADS][DIM
 // Each block writes its share of the outputs of `count` heads.
 template <int CLUSTER, int HEADS, int DIMS, int PITCH, int WARPS>
 __device__ void finish_cluster(const Parts<HEADS, PITCH, WARPS>& parts, Whole<HEADS, DIMS>& whole, bf16* out,
-                               int count) {
+                               float* lse, int count) {
   constexpr int PACKS = DIMS / 4;
   __syncthreads();
   for (int i = threadIdx.x; i < count * PACKS; i += 32 * WARPS) {
@@ -340,13 +344,14 @@ __device__ void finish_cluster(const Parts<HEADS, PITCH, WARPS>& parts, Whole<HE
       m.sum[3] += weight * x[c].w;
       m.total += weight * ends[c].y;
     }
+    if (lse && dim == 0) lse[head] = log_sum(m.top, m.total);
     store_mean(out + pack * 4, m);
   }
   cluster_sync();  // no block leaves before it was read
 }
 
 template <typename C, int WARPS, int STAGES, int CLUSTER>
-__device__ void decode_ring(const bf16* queries, const C* cache, Rows rows, bf16* out, float* partial,
+__device__ void decode_ring(const bf16* queries, const C* cache, Rows rows, bf16* out, float* lse, float* partial,
                             int* done, Shape shape, int split_tokens, float scale) {
   constexpr bool IS_E4M3 = sizeof(C) == 1;
   constexpr int DIMS = 128, HEADS = 8, STEPS = DIMS / 16, TOKEN_BYTES = DIMS * sizeof(C);
@@ -524,10 +529,11 @@ __device__ void decode_ring(const bf16* queries, const C* cache, Rows rows, bf16
       to[IS_E4M3 ? 1 : 8] = sums[j][h + 2];
     }
   }
+  if (lse) lse += head;
   if constexpr (CLUSTER > 1)
-    finish_cluster<CLUSTER>(parts, *reinterpret_cast<Ours*>(ring + sizeof(Found)), out + head * DIMS, count);
+    finish_cluster<CLUSTER>(parts, *reinterpret_cast<Ours*>(ring + sizeof(Found)), out + head * DIMS, lse, count);
   else
-    finish<bf16>(parts, out + head * DIMS, partial, done, count, DIMS, splits);
+    finish<bf16>(parts, out + head * DIMS, lse, partial, done, count, DIMS, splits);
 }
 
 // A token's line of the cache, eight neighbouring elements of a head at a time.
@@ -573,8 +579,8 @@ template <> struct Line<e4m3> {
 // Decode on the CUDA cores, for float32 and for what the tensor cores' kernel does not take. `lanes` lanes, a
 // power of two, hold a token's dims, 8 each; each such group of lanes goes its own way over the tokens.
 template <typename T, typename C>
-__device__ void decode_vector(const T* queries, const C* cache, Rows rows, T* out, float* partial, int* done,
-                              Shape shape, int split_tokens, float scale, int lanes) {
+__device__ void decode_vector(const T* queries, const C* cache, Rows rows, T* out, float* lse, float* partial,
+                              int* done, Shape shape, int split_tokens, float scale, int lanes) {
   constexpr int HEADS = 4, AHEAD = 4;
   __shared__ Parts<HEADS, 256> parts;
   let_next_start();
@@ -657,7 +663,8 @@ __device__ void decode_vector(const T* queries, const C* cache, Rows rows, T* ou
 #pragma unroll
       for (int i = 0; i < 8; ++i) parts.sums[warp][h][dim + i] = sums[h][i];
   }
-  finish<T>(parts, out + head * shape.value_dim, partial, done, count, shape.value_dim, splits);
+  finish<T>(parts, out + head * shape.value_dim, lse ? lse + head : lse, partial, done, count, shape.value_dim,
+            splits);
 }
 
 // Rows of any number of query tokens: a block takes 32 of one row's for one head, and 32 keys at a time.
@@ -836,10 +843,10 @@ extern "C" __global__ void __launch_bounds__(256) expand_pages(const e4m3* cache
 #define SHAPE int heads, int kv_heads, int key_dim, int value_dim
 #define TENSOR(DIMS, BLOCKS)                                                                                  \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_tensor_##DIMS(                         \
-      const bf16* queries, const bf16* cache, ROWS, bf16* out, float* partial, int* done, SHAPE,              \
+      const bf16* queries, const bf16* cache, ROWS, bf16* out, float* lse, float* partial, int* done, SHAPE,  \
       int split_tokens, float scale) {                                                                        \
-    decode_tensor<DIMS>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, out, partial, \
-                        done, Shape{heads, kv_heads, key_dim, value_dim}, split_tokens, scale);               \
+    decode_tensor<DIMS>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, out, lse,     \
+                        partial, done, Shape{heads, kv_heads, key_dim, value_dim}, split_tokens, scale);      \
   }
 TENSOR(64, 4)
 TENSOR(128, 3)
@@ -847,10 +854,10 @@ TENSOR(256, 2)
 
 #define RING(NAME, C, WARPS, STAGES, BLOCKS, CLUSTER, ATTRIBUTE)                                              \
   extern "C" __global__ void ATTRIBUTE __launch_bounds__(32 * WARPS, BLOCKS) decode_ring_##NAME(               \
-      const bf16* queries, const C* cache, ROWS, bf16* out, float* partial, int* done, SHAPE,                  \
+      const bf16* queries, const C* cache, ROWS, bf16* out, float* lse, float* partial, int* done, SHAPE,      \
       int split_tokens, float scale) {                                                                         \
     decode_ring<C, WARPS, STAGES, CLUSTER>(                                                                    \
-        queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, out, partial, done,            \
+        queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, out, lse, partial, done,       \
         Shape{heads, kv_heads, key_dim, value_dim}, split_tokens, scale);                                      \
   }
 RING(2x3, bf16, 2, 3, 4, 1, )
@@ -864,10 +871,10 @@ RING(8x4_by_2_e4m3, e4m3, 8, 4, 1, 2, __cluster_dims__(2, 1, 1))
 
 #define VECTOR(NAME, T, C)                                                                                      \
   extern "C" __global__ void __launch_bounds__(THREADS) decode_vector_##NAME(                                  \
-      const T* queries, const C* cache, ROWS, T* out, float* partial, int* done, SHAPE, int split_tokens,      \
-      float scale, int lanes) {                                                                                \
-    decode_vector<T, C>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, out, partial,  \
-                        done, Shape{heads, kv_heads, key_dim, value_dim}, split_tokens, scale, lanes);         \
+      const T* queries, const C* cache, ROWS, T* out, float* lse, float* partial, int* done, SHAPE,            \
+      int split_tokens, float scale, int lanes) {                                                              \
+    decode_vector<T, C>(queries, cache, Rows{tables, slots, lengths, max_blocks, block_tokens}, out, lse,      \
+                        partial, done, Shape{heads, kv_heads, key_dim, value_dim}, split_tokens, scale, lanes); \
   }
 VECTOR(bf16, bf16, bf16)
 VECTOR(f32, float, float)

@@ -373,6 +373,14 @@ __device__ __forceinline__ bool hear(const Group& g, u64 number, int phase) {
   return __syncthreads_and(is_here);
 }
 
+// By the whole block, behind its pushes: meets the same block of every peer. False: over.
+__device__ __forceinline__ bool meet(const Group& g, const Call& call) {
+  if (!__syncthreads_and(call.is_alive)) return false;
+  signal(g, call.number, 0);
+  if (threadIdx.x == 0) count_up(reinterpret_cast<Head*>(g.region[g.rank]), call.number);
+  return hear(g, call.number, 0);
+}
+
 // Pushes pieces to their ranks' slots and meets. `piece(rank)` is an address; `left(rank)` its elements. False: over.
 template <typename T, typename Piece, typename Left>
 __device__ __forceinline__ bool push_pieces(const Group& g, const Call& call, Piece piece, Left left) {
@@ -389,10 +397,7 @@ __device__ __forceinline__ bool push_pieces(const Group& g, const Call& call, Pi
       char* to = g.region[peer] + slot;
       for (i64 i = first; i * N < count; i += step) write_line(to + i * 16, load_bits(from + i * N, count - i * N));
     }
-  if (!__syncthreads_and(call.is_alive)) return false;
-  signal(g, call.number, 0);
-  if (threadIdx.x == 0) count_up(reinterpret_cast<Head*>(g.region[rank]), call.number);
-  return hear(g, call.number, 0);
+  return meet(g, call);
 }
 
 // The sum, in rank order, of what was pushed here for pack i and of this rank's own.
@@ -460,7 +465,7 @@ __device__ void reduce_scatter(const T* x, T* out, i64 stride, i64 count, const 
                sum_slots<T, SIZE>(g, call.number, i, load_bits(mine + i * N, count - i * N)));
 }
 
-// Copies what every rank pushed here, and this rank's own piece, to where `place(rank)` says.
+// Copies what every rank pushed here, and this rank's own piece, to where `place(rank, pack)` says.
 template <typename T, typename Place, typename Left>
 __device__ __forceinline__ void take_pieces(const Group& g, const Call& call, const T* own, Place place, Left left) {
   constexpr int N = 16 / sizeof(T);
@@ -469,29 +474,109 @@ __device__ __forceinline__ void take_pieces(const Group& g, const Call& call, co
   for (int r = 0; r < size; ++r) {
     const i64 count = left(r);
     const char* slot = g.region[rank] + slot_of(g, call.number, 0, r);
-    T* to = place(r);
     for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i * N < count; i += step)
-      store_bits(to + i * N, count - i * N,
+      store_bits(place(r, i), count - i * N,
                  r == rank ? load_bits(own + i * N, count - i * N) : read_line(slot + i * 16));
   }
 }
 
 template <typename T> __device__ void all_gather(const T* x, T* out, i64 stride, i64 count, const Group& g) {
+  constexpr int N = 16 / sizeof(T);
   let_next_start();
   wait_for_previous();
   const Call call = next_call(reinterpret_cast<Head*>(g.region[g.rank]));
   auto all = [&](int) { return count; };
   if (!push_pieces<T>(g, call, [&](int) { return x; }, all)) return;
-  take_pieces<T>(g, call, x, [&](int r) { return out + r * stride; }, all);
+  take_pieces<T>(g, call, x, [&](int r, i64 i) { return out + r * stride + i * N; }, all);
+}
+
+// The same, row by row: x [rows, packs] goes to out [rows, size, packs], `packs` of 16 bytes.
+__device__ __forceinline__ void gather_by_row(const u32* x, u32* out, i64 rows, int packs, const Group& g) {
+  let_next_start();
+  wait_for_previous();
+  const Call call = next_call(reinterpret_cast<Head*>(g.region[g.rank]));
+  auto all = [&](int) { return rows * packs * 4; };
+  if (!push_pieces<u32>(g, call, [&](int) { return x; }, all)) return;
+  auto place = [&](int r, i64 i) { return out + ((i / packs * g.size + r) * packs + i % packs) * 4; };
+  take_pieces<u32>(g, call, x, place, all);
+}
+
+// Attention to contexts whose parts the ranks keep. found [tokens, size, heads, dim]: what this rank's parts give, by
+// the rank whose heads they are; lse [tokens, size, heads]: the base-2 logarithms of the softmaxes' denominators, NONE
+// for an empty part. out [tokens, heads, dim]: this rank's heads over all parts, which are added in rank order. A token
+// is one block's, here and there. `dim` is whole packs.
+template <typename T, int SIZE>
+__device__ void merge_parts(const T* found, const float* lse, T* out, i64 tokens, int heads, int dim, const Group& g) {
+  constexpr int N = 16 / sizeof(T);
+  let_next_start();
+  wait_for_previous();
+  const int rank = static_cast<int>(g.rank), size = static_cast<int>(g.size);
+  const int packs = heads * dim / N, lines = packs + (heads + 3) / 4;  // that a token takes in a slot
+  char* region = g.region[rank];
+  const Call call = next_call(reinterpret_cast<Head*>(region));
+  const i64 slot = slot_of(g, call.number, 0, rank);
+  if (call.is_alive)
+    for (int hop = 1; hop < size; ++hop) {
+      const int peer = rank + hop < size ? rank + hop : rank + hop - size;
+      for (i64 token = blockIdx.x; token < tokens; token += gridDim.x) {
+        char* to = g.region[peer] + slot + token * lines * 16;
+        const T* means = found + (token * size + peer) * packs * N;
+        const float* sums = lse + (token * size + peer) * heads;
+        for (int i = threadIdx.x; i < lines; i += blockDim.x) {
+          const int head = (i - packs) * 4;
+          write_line(to + i * 16, i < packs ? load_bits(means + i * N, N) : load_bits(sums + head, heads - head));
+        }
+      }
+    }
+  if (!meet(g, call)) return;
+  for (i64 token = blockIdx.x; token < tokens; token += gridDim.x) {
+    const i64 own = token * size + rank;
+    for (int i = threadIdx.x; i < packs; i += blockDim.x) {
+      const int head = i * N / dim;
+      Bits part[SIZE];
+      float sums[SIZE], top = NONE;
+#pragma unroll
+      for (int r = 0; r < SIZE; ++r) {
+        sums[r] = NONE;
+        if (r >= size) continue;
+        const char* from = region + slot_of(g, call.number, 0, r) + token * lines * 16;
+        if (r == rank) {
+          part[r] = load_bits(found + (own * packs + i) * N, N);
+          sums[r] = lse[own * heads + head];
+        } else {
+          part[r] = read_line(from + i * 16);
+          sums[r] = __uint_as_float(peek(reinterpret_cast<const u32*>(from + packs * 16) + head));
+        }
+        top = fmaxf(top, sums[r]);
+      }
+      Values<T> sum = {};
+      float total = 0.0f;
+#pragma unroll
+      for (int r = 0; r < SIZE; ++r) {
+        if (r >= size) continue;
+        const float weight = weight_of(sums[r], top);
+        Values<T> x;
+        unpack(part[r], x);
+        total += weight;
+#pragma unroll
+        for (int k = 0; k < N; ++k) sum.at[k] += weight * x.at[k];
+      }
+      const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+#pragma unroll
+      for (int k = 0; k < N; ++k) sum.at[k] *= inverse;
+      store_bits(out + (token * packs + i) * N, N, pack(sum));
+    }
+  }
 }
 
 template <typename T> __device__ void all_to_all(const T* x, T* out, const Deal& d) {
+  constexpr int N = 16 / sizeof(T);
   let_next_start();
   wait_for_previous();
   const Group& g = d.group;
   const Call call = next_call(reinterpret_cast<Head*>(g.region[g.rank]));
   if (!push_pieces<T>(g, call, [&](int r) { return x + d.send_at[r]; }, [&](int r) { return d.send[r]; })) return;
-  take_pieces<T>(g, call, x + d.send_at[g.rank], [&](int r) { return out + d.take_at[r]; },
+  take_pieces<T>(g, call, x + d.send_at[g.rank], [&](int r, i64 i) { return out + d.take_at[r] + i * N; },
                  [&](int r) { return d.take[r]; });
 }
 
@@ -554,6 +639,10 @@ template <typename T> __device__ void take(T* out, i64 count, const Lane& l) {
   extern "C" __global__ void __launch_bounds__(512) reduce_scatter_##NAME##_##SIZE(                            \
       const T* x, T* out, i64 stride, i64 count, Group g) {                                                    \
     reduce_scatter<T, SIZE>(x, out, stride, count, g);                                                         \
+  }                                                                                                            \
+  extern "C" __global__ void __launch_bounds__(512) merge_parts_##NAME##_##SIZE(                               \
+      const T* found, const float* lse, T* out, i64 tokens, int heads, int dim, Group g) {                     \
+    merge_parts<T, SIZE>(found, lse, out, tokens, heads, dim, g);                                              \
   }
 SUMS(bf16, bf16, 2)
 SUMS(bf16, bf16, 4)
@@ -589,5 +678,8 @@ ALL_NORMS(f32, float, 4)
   extern "C" __global__ void __launch_bounds__(512) take_##NAME(T* out, i64 count, Lane l) {                   \
     take<T>(out, count, l);                                                                                    \
   }
+extern "C" __global__ void __launch_bounds__(512) gather_rows(const u32* x, u32* out, i64 rows, int packs, Group g) {
+  gather_by_row(x, out, rows, packs, g);
+}
 COPIES(u32, u32)
 COPIES(u8, unsigned char)

@@ -47,14 +47,6 @@ __device__ __forceinline__ i64 part_at(int token, int splits, int split, int hea
   return ((static_cast<i64>(token) * splits + split) * heads + head) * (latent + 2);
 }
 
-__device__ __forceinline__ float log_2(float x) {
-  float y;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float log_sum(float top, float total) { return total > 0.0f ? top + log_2(total) : NONE; }
-
 // bf16 queries on the tensor cores, with lines of 512 + 64 elements in bf16 or e4m3; block_tokens is a power of two
 // from 16 on. Both products have tokens or dims as their rows (S^T = K Q^T, O^T = V^T P^T) and 8 heads as columns,
 // HEAD_TILES of them. A block goes through tiles of 64 tokens, each read once from memory, for keys and for

@@ -13,6 +13,15 @@ __device__ __forceinline__ float weight_of(float part, float whole) {
   return part == NONE ? 0.0f : exp_2(part - whole);
 }
 
+__device__ __forceinline__ float log_2(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Base-2 logarithm of a denominator of so much over 2^top.
+__device__ __forceinline__ float log_sum(float top, float total) { return total > 0.0f ? top + log_2(total) : NONE; }
+
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
