@@ -5,7 +5,8 @@ that copies to a device holds pinned blocks and returns from ``put`` before a co
 of blocks is therefore its own, and ``close`` is the barrier.
 """
 
-from collections.abc import Mapping
+import mmap
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -35,10 +36,16 @@ class Staging(Protocol):
     """One reader thread's blocks on the way to a destination."""
 
     def block(self, length: int) -> Buffer:
-        """Return a writable block of at least ``length`` bytes; waits until one is free."""
+        """Return a writable block of at least ``length`` bytes; waits until one is free.
 
-    def put(self, read: Read, block: Buffer) -> None:
-        """Send what was read into ``block`` to its places. The block belongs to the staging again."""
+        It begins at a page: what is read past the page cache must.
+        """
+
+    def put(self, block: Buffer, reads: Sequence[tuple[int, Read]]) -> None:
+        """Send what was read into ``block`` to its places. The block belongs to the staging again.
+
+        ``reads``: each with its first byte in the block.
+        """
 
     def close(self) -> None:
         """Return when all that was put is in its place."""
@@ -85,14 +92,17 @@ class HostStaging:
     def block(self, length: int) -> Buffer:
         """Return the block, made longer where it has to be."""
         if len(self._block) < length:
-            self._block = memoryview(bytearray(length))
+            # Mapped, so that it begins at a page and goes back to the system.
+            self._block = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         return self._block
 
-    def put(self, read: Read, block: Buffer) -> None:
-        """Convert and scatter a read."""
+    def put(self, block: Buffer, reads: Sequence[tuple[int, Read]]) -> None:
+        """Convert and scatter what was read."""
         source = np.frombuffer(block, np.uint8)
-        for placement in read.placements:
-            place(placement, source, self._arenas[placement.rank])
+        for at, read in reads:
+            own = source[at : at + read.length]
+            for placement in read.placements:
+                place(placement, own, self._arenas[placement.rank])
 
     def close(self) -> None:
         """Nothing is under way after ``put``."""
@@ -103,6 +113,11 @@ def place(placement: Placement, block: Array, arena: Array) -> None:
 
     ``block`` and ``arena`` are uint8. Rounding is to nearest even; NaN stay NaN.
     """
+    if placement.is_plain:
+        size = placement.columns * DTYPE_BYTES[placement.dtype]
+        source_at, arena_at = placement.source_offset, placement.arena_offset
+        np.copyto(arena[arena_at : arena_at + size], block[source_at : source_at + size])
+        return
     source = _matrix(
         block,
         placement.source_dtype,

@@ -19,8 +19,8 @@ from models.parameter import DTYPE_BYTES, Piece
 from models.spec import ModelSpec
 from protocol.topology import Topology
 
-BLOCK_BYTES = 8 << 20
-"""Most bytes of one read."""
+BLOCK_BYTES = 4 << 20
+"""Most bytes of one read; where more at once is faster, the reader takes neighbours together."""
 SHARE_BYTES = 256 << 10
 """Rows that several ranks want are not divided more finely than this."""
 MERGE_BYTES = 1 << 20
