@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loader import index as index_module
 from loader.index import (
     INDEX_NAME,
     MAX_HEADER_BYTES,
@@ -185,6 +186,38 @@ def test_an_index_with_a_repeated_key(tmp_path: Path) -> None:
         read_index(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        b'{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}, "b": 1, "c": 2}',
+        b'{"weight_map": {"a": "one.safetensors", "\\u0061": "two.safetensors"}}',
+        b'{"weight_map": {"a": "one.safetensors"}, "weight_map": {"b": "two.safetensors"}}',
+        b'{"metadata": {"x": 1, "x": 2}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}',
+    ],
+)
+def test_any_repeated_key_is_found(index: bytes, tmp_path: Path) -> None:
+    shards(tmp_path, {})
+    write(tmp_path, index, INDEX_NAME)
+    with pytest.raises(ModelFormatError, match="twice"):
+        read_index(tmp_path)
+
+
+def test_of_many_bad_shards_the_first_is_named(tmp_path: Path) -> None:
+    """Headers are read side by side; what is said does not depend on which is there first."""
+    names = [f"part-{i:02}.safetensors" for i in range(40)]
+    for i, name in enumerate(names):
+        if i not in (7, 30):
+            write(tmp_path, safetensors_bytes({f"{i:02}": one()["a"]}, 8), name)
+    weight_map = {f"{i:02}": name for i, name in enumerate(names)}
+    write(tmp_path, json.dumps({"weight_map": weight_map}).encode(), INDEX_NAME)
+    for _ in range(5):
+        with pytest.raises(ModelFormatError, match=r"part-07\.safetensors is missing"):
+            read_index(tmp_path)
+    for i in (7, 30):
+        write(tmp_path, safetensors_bytes({f"{i:02}": one()["a"]}, 8), names[i])
+    assert [t.file for t in read_index(tmp_path).tensors.values()] == list(range(40))
+
+
 def test_links_and_special_files(tmp_path: Path) -> None:
     blob = tmp_path / "blobs" / "0123"
     blob.parent.mkdir()
@@ -255,6 +288,7 @@ def fuzz(count: int, directory: Path, seed: int) -> int:
                     other = random_.randrange(len(content) + 1)
                     content[at:at] = content[other : other + random_.randint(1, 40)]
         write(directory, bytes(content))
+        check_quick_parse(bytes(content[8:]))
         try:
             found = read_index(directory)
         except TandemError:
@@ -263,6 +297,63 @@ def fuzz(count: int, directory: Path, seed: int) -> int:
             assert isinstance(found, Checkpoint)
             assert all(t.offset + t.length <= len(content) for t in found.tensors.values())
     return refused
+
+
+def check_quick_parse(content: bytes) -> None:
+    """What the quick parser takes of a proper header is what the strict one takes."""
+    quick = index_module._parse_quickly(content, index_module._header_strings)
+    if quick is None:
+        return
+    try:
+        strict = json.loads(content, object_pairs_hook=index_module._unique)
+    except ValueError:
+        strict = None
+    if quick == strict:
+        return
+    # It may have dropped a key only where the header is refused anyway.
+    quick.pop("__metadata__", None)
+    with pytest.raises(ModelFormatError):
+        _ = [index_module._tensor(Path("x"), name, raw, 0, 0) for name, raw in quick.items()]
+
+
+def fuzz_index(count: int, directory: Path, seed: int) -> int:
+    """Damage an index and its shards; every outcome is a Checkpoint or a TandemError that names a file."""
+    random_ = random.Random(seed)
+    shards(directory, {"a": "one.safetensors", "b": "two.safetensors"})
+    names = [INDEX_NAME, "one.safetensors", "two.safetensors"]
+    good = {name: (directory / name).read_bytes() for name in names}
+    words = [b"a", b"b", b"one", b"two", b"..", b"/", b'"', b"\\u0061", b"three", b"{", b"}", b"\0", b"1"]
+    said: list[str] = []
+    for _ in range(count):
+        name = random_.choice(names)
+        content = bytearray(good[name])
+        for _ in range(random_.randint(1, 3)):
+            at = random_.randrange(len(content) + 1)
+            if random_.random() < 0.5:
+                content[at : at + random_.randrange(3)] = random_.choice(words)
+            else:
+                other = random_.randrange(len(content) + 1)
+                content[at:at] = content[other : other + random_.randint(1, 40)]
+        write(directory, bytes(content), name)
+        try:
+            found = read_index(directory)
+        except TandemError as error:
+            said.append(str(error))
+        else:
+            assert all(t.offset + t.length <= found.files[t.file].size for t in found.tensors.values())
+            assert all(Path(f.path).parent == directory for f in found.files)
+        write(directory, good[name], name)
+    assert all(str(directory) in one for one in said)
+    return len(said)
+
+
+def test_fuzzed_indices(tmp_path: Path) -> None:
+    assert fuzz_index(1_000, tmp_path, 1) > 500
+
+
+@pytest.mark.long
+def test_fuzzed_indices_full(tmp_path: Path) -> None:
+    assert fuzz_index(20_000, tmp_path, 2) > 10_000
 
 
 def test_fuzzed_headers(tmp_path: Path) -> None:
