@@ -170,7 +170,7 @@ class _Job:
         if not self._queue:
             return 1
         first = self._queue[0]
-        if not self._sources[first.file].is_cached(first.offset, first.length):
+        if not self._sources[first.file].is_cached(first.offset):
             return _COLD_THREADS
         # One core is left to what comes up beside the reading.
         return min(max(2, len(os.sched_getaffinity(0)) - 1), _WARM_THREADS)
@@ -236,7 +236,7 @@ class _Job:
         source, offset = self._sources[first.file], first.offset
         length = reads[-1].offset + reads[-1].length - offset
         direct_fd = source.direct_fd
-        if direct_fd is not None and not source.is_cached(offset, length):
+        if direct_fd is not None and not source.is_cached(offset):
             skipped = offset % DIRECT_ALIGNMENT
             block = staging.block(-(-(skipped + length) // DIRECT_ALIGNMENT) * DIRECT_ALIGNMENT)
             if self._fill_uncached(source, direct_fd, block, reads, skipped, length):

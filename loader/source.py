@@ -20,8 +20,9 @@ from loader.index import open_regular
 PAGE: Final = mmap.PAGESIZE
 DIRECT_ALIGNMENT: Final = 4096
 """What offsets, lengths and memory of a read past the cache are multiples of: no drive asks for more."""
-_SAMPLES: Final = 4
-"""Pages looked at in a range. Caches keep and lose files by long runs."""
+_ZONE_BYTES: Final = 16 << 20
+_SAMPLES: Final = 8
+"""Pages looked at in a zone. Caches keep and lose files by long runs."""
 
 
 class Source:
@@ -37,6 +38,8 @@ class Source:
         self.direct_fd: int | None = None
         """For reads past the page cache; None where the file system has none."""
         self._residency: _Residency | None = None
+        self._size = os.fstat(self.fd).st_size
+        self._zones: dict[int, bool] = {}
         try:
             self.direct_fd = self._again(os.O_DIRECT)
             self._is_cached = self._prober()
@@ -44,8 +47,19 @@ class Source:
             self.close()
             raise
 
-    def is_cached(self, offset: int, length: int) -> bool:
-        """Return whether a range is in the page cache, by some of its pages; also where nobody can tell."""
+    def is_cached(self, offset: int) -> bool:
+        """Return whether a byte is in the page cache, by some pages around it; also where nobody can tell.
+
+        What was found of a zone of the file is kept: small reads are many, and loads are short.
+        """
+        zone = offset // _ZONE_BYTES
+        known = self._zones.get(zone)
+        if known is None:
+            start = zone * _ZONE_BYTES
+            known = self._zones[zone] = self._looks_cached(start, min(_ZONE_BYTES, self._size - start))
+        return known
+
+    def _looks_cached(self, offset: int, length: int) -> bool:
         first, last = offset // PAGE, (offset + length - 1) // PAGE
         steps = min(_SAMPLES, last - first + 1)
         # Some page of each part, not always the same ones: looking may itself bring a page in.
@@ -75,9 +89,8 @@ class Source:
 
     def _prober(self) -> Callable[[int], bool]:
         """Return what says of one page, by its first byte, whether it is cached."""
-        facts = os.fstat(self.fd)
-        if os.geteuid() in (0, facts.st_uid) or os.access(self.path, os.W_OK):
-            self._residency = _Residency(self.fd, facts.st_size)
+        if os.geteuid() in (0, os.fstat(self.fd).st_uid) or os.access(self.path, os.W_OK):
+            self._residency = _Residency(self.fd, self._size)
             return self._residency.covers
         # Of another's file the kernel says that all is there; but it reads at once only what really is.
         probe_fd = self._again(0)

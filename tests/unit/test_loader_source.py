@@ -175,19 +175,22 @@ def test_what_is_in_the_page_cache(whose: str, file: Path, monkeypatch: pytest.M
         monkeypatch.setattr(source_module.os, "geteuid", lambda: 12345)
         monkeypatch.setattr(source_module.os, "access", lambda *_: False)
     before = open_files()
+    assert is_cached(file)
+    drop(file)
+    if not file_system_drops(file):
+        pytest.skip("this file system keeps all its pages, as tmpfs does")
+    assert not is_cached(file)
+    file.read_bytes()
+    assert is_cached(file)
+    assert open_files() == before
+
+
+def is_cached(file: Path) -> bool:
     source = Source(str(file))
     try:
-        assert source.is_cached(0, 1 << 20)
-        assert source.is_cached(1000, 1)
-        drop(file)
-        if not file_system_drops(file):
-            pytest.skip("this file system keeps all its pages, as tmpfs does")
-        assert not source.is_cached(0, 1 << 20)
-        file.read_bytes()
-        assert source.is_cached(0, 1 << 20)
+        return source.is_cached(1 << 19)
     finally:
         source.close()
-    assert open_files() == before
 
 
 def file_system_drops(file: Path) -> bool:
@@ -209,9 +212,7 @@ def test_looking_reads_almost_nothing_of_another_s_file(
     if not file_system_drops(file):
         pytest.skip("this file system keeps all its pages, as tmpfs does")
     drop(file)
-    source = Source(str(file))
-    source.is_cached(0, 1 << 20)
-    source.close()
+    is_cached(file)
     monkeypatch.undo()
     own = Source(str(file))
     pages = [own._is_cached(page) for page in range(0, 1 << 20, source_module.PAGE)]
