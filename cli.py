@@ -27,6 +27,8 @@ from protocol.runtime_dir import running_instances, runtime_root
 if TYPE_CHECKING:
     from models.memory import MemoryPlan
     from orchestrator.config import ServeConfig
+    from orchestrator.load_table import LoadSummary
+    from protocol.topology import Topology
     from tandem import Client, Parameters
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -341,7 +343,10 @@ def _start(name: str | None, model: str | None, kind: str, options: dict[str, An
 @click.option("--model", required=True, help="A short name, a repository or a directory.")
 @click.option("--gpus", help="Plan for these instead of this machine: 8xH100-80GB, 2x8xH200@roce.")
 @click.option("--concurrency", type=click.IntRange(1), help="With --gpus: requests that decode [64].")
-@click.option("--drive-gbs", type=float, help="With --gpus: GB/s that each machine's drive reads [6.8].")
+@click.option(
+    "--drive-gbs", type=float, help="With --gpus or --loading: GB/s that a machine's drive reads [6.8]."
+)
+@click.option("--loading", is_flag=True, help="Show who reads which share of the checkpoint instead.")
 @_layout_options
 @_json_option
 def plan(
@@ -349,6 +354,7 @@ def plan(
     gpus: str | None,
     concurrency: int | None,
     drive_gbs: float | None,
+    loading: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -358,9 +364,9 @@ def plan(
     GPUs that need not be here either, of a directory or of a model that is known.
     """
     if gpus is not None:
-        _plan_on(gpus, model, concurrency, drive_gbs, options, as_json=as_json)
+        _plan_on(gpus, model, concurrency, drive_gbs, options, loading=loading, as_json=as_json)
         return
-    if concurrency is not None or drive_gbs is not None:
+    if concurrency is not None or (drive_gbs is not None and not loading):
         raise click.UsageError("--concurrency and --drive-gbs go with --gpus")
     from loader import hub
     from models.memory import plan_memory
@@ -371,15 +377,22 @@ def plan(
     if directory is None:
         raise UnknownModelError(f"{model} is not here yet: tandem pull {model}", field="model")
     config, why = _laid_out(directory, model, options)
+    spec = load_spec(directory, config.dtype, config.kv_dtype)
     planned = plan_memory(
-        load_spec(directory, config.dtype, config.kv_dtype),
+        spec,
         config.topology,
         rank_budgets(config.devices, config.topology.world_size, config.memory_bytes, config.environment),
         config.limits,
         overheads(config.devices),
         config.context,
     )
-    if as_json:
+    if loading:
+        from orchestrator import load_table
+
+        drive = _drive_bytes_s(drive_gbs)
+        summary = load_table.loading(spec, directory, config.topology, planned.stages, drive)
+        _print_load(config.topology, summary, as_json=as_json)
+    elif as_json:
         _print_json(msgspec.to_builtins(planned, enc_hook=lambda layers: [layers.start, layers.stop]))
     else:
         click.echo(_plan_table(planned) + (f"\n{why}" if why else ""))
@@ -392,6 +405,7 @@ def _plan_on(
     drive_gbs: float | None,
     options: dict[str, Any],
     *,
+    loading: bool,
     as_json: bool,
 ) -> None:
     from loader import hub
@@ -404,9 +418,10 @@ def _plan_on(
     if mine:
         raise click.UsageError(f"--{mine[0].replace('_', '-')} is for this machine, --gpus for any other")
     machines = parse_gpus(gpus)
+    directory = hub.resolve(model, _cache())
     found = subject(
         model,
-        hub.resolve(model, _cache()),
+        directory,
         options.pop("dtype") or GPU_DEFAULTS["dtype"],
         options.pop("kv_dtype") or "auto",
     )
@@ -417,12 +432,33 @@ def _plan_on(
     }
     asked = Asked(**{name: value for name, value in options.items() if value is not None})
     matrix = plan_layouts(found, machines, memory_bytes, asked)
-    if as_json:
+    if loading:
+        from orchestrator import load_table
+
+        drive = _drive_bytes_s(drive_gbs)
+        topology, summary = load_table.loading_on(found.spec, directory, machines, matrix, drive)
+        _print_load(topology, summary, as_json=as_json)
+    elif as_json:
         _print_json({"model": model, "gpus": str(machines), **msgspec.to_builtins(matrix)})
     else:
         from orchestrator.layout_table import show_matrix
 
         show_matrix(found, machines, matrix, sys.stdout, colour=_colour())
+
+
+def _drive_bytes_s(drive_gbs: float | None) -> float:
+    from models.machines import DRIVE_BYTES_S
+
+    return DRIVE_BYTES_S if drive_gbs is None else drive_gbs * 1e9
+
+
+def _print_load(topology: "Topology", summary: "LoadSummary", *, as_json: bool) -> None:
+    from orchestrator.load_table import load_table
+
+    if as_json:
+        _print_json({"layout": topology, "loading": summary})
+    else:
+        click.echo(load_table(topology, summary))
 
 
 def _plan_table(planned: "MemoryPlan") -> str:

@@ -17,7 +17,9 @@ ALLOWED = {
     "kv": {"protocol", "models"},
     "loader": {"protocol", "models"},
     "worker": {"protocol", "models", "kv", "loader"},
-    "orchestrator": {"protocol", "models", "kv", "loader.hub", "loader.index"},
+    "orchestrator": {
+        *("protocol", "models", "kv", "loader.hub", "loader.index", "loader.plan", "loader.load_summary"),
+    },
     "cli": {"tandem", "orchestrator", "protocol", "models", "loader.hub"},
 }
 TORCH_FREE = ("protocol", "models", "tandem", "orchestrator", "cli")
