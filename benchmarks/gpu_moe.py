@@ -107,7 +107,9 @@ class Bench:
 
     def shape(self, shape: Shape, *, all_variants: bool) -> Iterator[Measured]:
         """Give the figures of a shape at every number of tokens."""
-        router = torch.randn(shape.routing.experts, shape.hidden, device="cuda").bfloat16()
+        # Logits of a size that no sigmoid makes 1: else all tokens choose the same few experts.
+        router = torch.randn(shape.routing.experts, shape.hidden, device="cuda") / shape.hidden**0.5
+        router = router.bfloat16()
         products = _weights(shape)
         weights = ExpertWeights(router, None, *products)
         experts = CudaExperts(*self._parts, weights, shape.routing)
