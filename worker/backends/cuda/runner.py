@@ -114,7 +114,7 @@ class CudaRunner:
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture the decode graphs over padded rows: no line of the cache is written."""
-        # Where all decode sizes are our own kernels', the first product of cuBLAS's would be a captured one,
+        # Where all decode sizes are our own kernels', cuBLAS's first product would be a captured one,
         # and its handle cannot be made there.
         torch.cuda.current_blas_handle()
         # A graph of another life that is collected while one is captured breaks it.
