@@ -230,3 +230,34 @@ def test_a_fault_leaves_no_staging_behind(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(reader.HostDestination, "open", refuse)
     with pytest.raises(MemoryError, match="no block"):
         load(plan, 0, arenas, 4)
+
+
+@pytest.mark.parametrize("is_cold", [False, True])
+@pytest.mark.parametrize("change", ["shrinks", "grows", "is written to"])
+def test_a_file_that_changes_while_it_is_read(
+    change: str, is_cold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real file, changed by somebody else after the first block: no crash, and an error that names it."""
+    monkeypatch.setattr(plan_module, "BLOCK_BYTES", 65536)
+    monkeypatch.setattr(climb, "LEAST_BLOCK_BYTES", 65536)
+    monkeypatch.setattr(Source, "is_cached", lambda *_: not is_cold)
+    plan, arenas = prepared(tmp_path)
+    victim = Path(plan.files[0].path)
+    size = victim.stat().st_size
+
+    def meddle(done: int) -> None:
+        if change == "shrinks":
+            os.truncate(victim, size // 2 + 17)
+        elif change == "grows":
+            os.truncate(victim, size + 1)
+        else:
+            with victim.open("r+b") as file:
+                file.seek(size - 1)
+                file.write(b"\0")
+
+    threads, files = set(threading.enumerate()), open_files()
+    with pytest.raises((ModelFormatError, StorageError), match=victim.name) as caught:
+        load(plan, 0, arenas, 2, meddle)
+    assert caught.value.field is not None
+    assert set(threading.enumerate()) == threads
+    assert open_files() == files
