@@ -14,7 +14,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from worker.comm_group import CollectiveError
 
 NCCL_FROM_BYTES = 32 << 20
-"""From here on NCCL takes over from the kernels over IPC: measured between two GPUs (docs/performance.md)."""
+"""From here on NCCL takes over from the kernels over IPC (measured: docs/performance.md)."""
 
 _CHANNELS = 16
 """At most, because each takes buffers; long messages between two GPUs need no more."""
