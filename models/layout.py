@@ -4,6 +4,7 @@ The arena is one flat run of bytes per rank; a parameter is an aligned view of i
 known exactly before anything is allocated.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from itertools import accumulate
@@ -139,59 +140,100 @@ def stage_bytes(model: ModelSpec, topology: Topology, layers: range) -> int:
     return sum(_aligned(p.local_bytes(topology)) for p in specs if p.alias_of not in names)
 
 
-def cut_stages(model: ModelSpec, topology: Topology, budget_bytes: int) -> tuple[range, ...]:
+class WeightBytes:
+    """Bytes of one model's weights under many topologies, reckoned once for each tp and ep.
+
+    A mixture's parameter has hundreds of segments; pp and dcp change nothing of what a rank holds of it.
+    """
+
+    def __init__(self, model: ModelSpec) -> None:
+        self._model = model
+        self._layers: list[list[int]] = [[] for _ in range(model.num_layers)]
+        self._ends: dict[str, list[int]] = {"first": [], "last": []}
+        for index, spec in enumerate(model.parameters):
+            (self._layers[spec.layer] if spec.place == "layer" else self._ends[spec.place]).append(index)
+        self._sizes: dict[tuple[int, int], list[int]] = {}
+        self._stages: dict[tuple[int, int], _StageBytes] = {}
+
+    def read_by(self, topology: Topology, layers: range) -> list[tuple[ParameterSpec, int]]:
+        """Return what a stage reads whole, all but the embedding, and a rank's bytes of each."""
+        sizes = self._of(topology)
+        indices = [index for layer in layers for index in self._layers[layer]]
+        if layers.stop == self._model.num_layers:
+            indices += self._ends["last"]
+        return [(self._model.parameters[index], sizes[index]) for index in indices]
+
+    def stages(self, topology: Topology) -> "_StageBytes":
+        """Return ``stage_bytes`` by a stage's layers."""
+        key = (topology.tp, topology.ep)
+        if key not in self._stages:
+            sizes = self._of(topology)
+            specs = self._model.parameters
+            names = {spec.name for spec in specs}
+            held = [size for spec, size in zip(specs, sizes, strict=True) if spec.alias_of not in names]
+            whole = sum(map(_aligned, held))
+            per_layer = [sum(_aligned(sizes[i]) for i in indices) for indices in self._layers]
+            ends = {place: sum(_aligned(sizes[i]) for i in at) for place, at in self._ends.items()}
+            self._stages[key] = _StageBytes(per_layer, ends["first"], ends["last"], whole)
+        return self._stages[key]
+
+    def _of(self, topology: Topology) -> list[int]:
+        key = (topology.tp, topology.ep)
+        if key not in self._sizes:
+            self._sizes[key] = [spec.local_bytes(topology) for spec in self._model.parameters]
+        return self._sizes[key]
+
+
+def cut_stages(
+    model: ModelSpec, topology: Topology, budget_bytes: int, sizes: WeightBytes | None = None
+) -> tuple[range, ...]:
     """Cut the layers into stages so that the KV tokens of the tightest stage are the most.
 
     ``budget_bytes`` is what one rank has for weights and KV. Maximises the minimum over stages of
     free bytes / KV bytes per token, padding among these; among cuts within 2 % of that, takes the one
     whose heaviest stage reads the fewest bytes (the fastest). Exact, by dynamic programming over the
-    first layer of a stage.
+    first layer of a stage. ``sizes``: the model's, where many topologies are asked.
     """
     check_degrees(model, topology)
     pp, count = topology.pp, model.num_layers
     if pp == 1:
         return (range(count),)
-    weights, kv = _StageBytes(model, topology), _StageKV(model, topology)
+    weights, kv = (sizes or WeightBytes(model)).stages(topology), _StageKV(model, topology)
 
     @cache
-    def tokens(layers: range) -> float:
+    def tokens(start: int, end: int) -> float:
         # A stage over budget still has to compare: less over is better.
+        layers = range(start, end)
         return (budget_bytes - weights[layers]) / max(kv[layers], 1)
 
     best = _partition(count, pp, tokens)
-    floor = min(tokens(stage) for stage in best)
+    floor = min(tokens(stage.start, stage.stop) for stage in best)
     floor -= 0.02 * abs(floor)
-    return _partition(
-        count, pp, lambda layers: -weights[layers] if tokens(layers) >= floor else -float("inf")
-    )
+
+    @cache
+    def lightness(start: int, end: int) -> float:
+        return -weights[range(start, end)] if tokens(start, end) >= floor else -math.inf
+
+    return _partition(count, pp, lightness)
 
 
 class _StageBytes:
     """``stage_bytes`` of any range in constant time, from prefix sums over layers."""
 
-    def __init__(self, model: ModelSpec, topology: Topology) -> None:
-        per_layer = [0] * model.num_layers
-        for spec in model.parameters:
-            if spec.place == "layer":
-                per_layer[spec.layer] += _aligned(spec.local_bytes(topology))
-        self._sums = [0]
-        for size in per_layer:
-            self._sums.append(self._sums[-1] + size)
-        self._count = model.num_layers
-        self._ends = {
-            place: sum(_aligned(p.local_bytes(topology)) for p in model.parameters if p.place == place)
-            for place in ("first", "last")
-        }
-        self._whole = stage_bytes(model, topology, range(model.num_layers))
+    def __init__(self, per_layer: list[int], first: int, last: int, whole: int) -> None:
+        """``whole``: of all layers on one stage, where the ends may share their bytes."""
+        self._sums = [0, *accumulate(per_layer)]
+        self._first, self._last, self._whole = first, last, whole
 
     def __getitem__(self, layers: range) -> int:
-        if len(layers) == self._count:
+        count = len(self._sums) - 1
+        if len(layers) == count:
             return self._whole
         size = self._sums[layers.stop] - self._sums[layers.start]
         if layers.start == 0:
-            size += self._ends["first"]
-        if layers.stop == self._count:
-            size += self._ends["last"]
+            size += self._first
+        if layers.stop == count:
+            size += self._last
         return size
 
 
@@ -214,18 +256,24 @@ class _StageKV:
         return self._layer_bytes * max(sums[layers.stop] - sums[layers.start] for sums in self._counts)
 
 
-def _partition(count: int, parts: int, value: Callable[[range], float]) -> tuple[range, ...]:
-    """Return the partition of ``range(count)`` into ``parts`` whose least value is greatest."""
+def _partition(count: int, parts: int, value: Callable[[int, int], float]) -> tuple[range, ...]:
+    """Return the partition of ``range(count)`` into ``parts`` whose least value is greatest.
+
+    ``value``: of layers from the first number up to the second. It is asked only where the parts before
+    leave a chance to do better than what is known.
+    """
     # best[p][end]: (least value, start of the last part) of [0, end) in p parts.
-    best: list[dict[int, tuple[float, int]]] = [{0: (float("inf"), 0)}]
+    best: list[dict[int, tuple[float, int]]] = [{0: (math.inf, 0)}]
     for p in range(1, parts + 1):
         row: dict[int, tuple[float, int]] = {}
-        for end in range(p, count - (parts - p) + 1):
-            row[end] = max(
-                (min(best[p - 1][start][0], value(range(start, end))), start)
-                for start in best[p - 1]
-                if start < end
-            )
+        before = best[p - 1]
+        # Only all layers are wanted of the last part.
+        for end in range(count if p == parts else p, count - (parts - p) + 1):
+            found = (-math.inf, -1)
+            for start in range(end - 1, p - 2, -1):
+                if start in before and before[start][0] > found[0]:
+                    found = max(found, (min(before[start][0], value(start, end)), start))
+            row[end] = found if found[1] >= 0 else (-math.inf, p - 1)
         best.append(row)
     stages: list[range] = []
     end = count

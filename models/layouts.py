@@ -10,7 +10,7 @@ from typing import Final, Literal
 import msgspec
 
 from models.blocks import BlockNeeds
-from models.layout import check_degrees
+from models.layout import WeightBytes, check_degrees
 from models.machines import DRIVE_BYTES_S, Machines
 from models.memory import DeviceOverheads, MemoryLine, RankPlan, StepLimits, divide_memory
 from models.spec import ModelSpec
@@ -134,6 +134,7 @@ def lay_out(
         )
     context = asked.context or min(model.max_context, USUAL_CONTEXT)
     found, refused = [], []
+    sizes = WeightBytes(model)
     of_views = None
     for group in _topologies(machines.num_gpus, asked):
         try:
@@ -146,8 +147,9 @@ def lay_out(
             continue
         for topology in topologies:
             sized = msgspec.structs.replace(limits, block_tokens=topology.whole_block(limits.block_tokens))
-            ranks = divide_memory(model, topology, [budget_bytes] * topology.world_size, sized, overheads)
-            pace = Pace(model, topology, ranks, machines, sized.step_tokens)
+            budgets = [budget_bytes] * topology.world_size
+            ranks = divide_memory(model, topology, budgets, sized, overheads, sizes)
+            pace = Pace(model, topology, ranks, machines, sized.step_tokens, sizes)
             found.append(_layout(model, topology, ranks, pace, sized, asked, context, checkpoint_bytes))
     if not found:
         if of_views is not None:

@@ -9,7 +9,7 @@ import math
 import msgspec
 
 from models.blocks import BlockNeeds, block_bytes
-from models.layout import cut_stages, stage_bytes
+from models.layout import WeightBytes, cut_stages
 from models.parameter import DTYPE_BYTES
 from models.spec import ModelSpec
 from protocol.errors import MemoryBudgetError
@@ -147,15 +147,18 @@ def divide_memory(
     budgets: list[int],
     limits: StepLimits,
     overheads: DeviceOverheads,
+    sizes: WeightBytes | None = None,
 ) -> tuple[RankPlan, ...]:
     """Divide each rank's budget (bytes, one per rank) into lines; KV gets what is left, if anything.
 
+    ``sizes``: the model's, where many topologies are asked.
     Errors: ``LayoutError`` for impossible degrees.
     """
     fixed = _fixed_lines(model, topology, limits, overheads)
     spent = sum(line.predicted_bytes for line in fixed)
-    stages = cut_stages(model, topology, min(budgets) - spent)
-    weights = [stage_bytes(model, topology, layers) for layers in stages]
+    sizes = sizes or WeightBytes(model)
+    stages = cut_stages(model, topology, min(budgets) - spent, sizes)
+    weights = [sizes.stages(topology)[layers] for layers in stages]
     return tuple(
         _rank_plan(model, topology, stages, weights, rank, budgets[rank], fixed, limits)
         for rank in range(topology.world_size)

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from models.layout import stage_parameters
+from models.layout import WeightBytes
 from models.machines import Link, Machines
 from models.memory import RankPlan
 from models.moe import Routing, split_bytes, splits_tokens
@@ -78,11 +78,15 @@ class Pace:
         ranks: tuple[RankPlan, ...],
         machines: Machines,
         step_tokens: int,
+        sizes: WeightBytes | None = None,
     ) -> None:
-        """``ranks``: the memory of each; ``step_tokens``: of the largest step."""
+        """``ranks``: the memory of each; ``step_tokens``: of the largest step; ``sizes``: the model's."""
+        sizes = sizes or WeightBytes(model)
         self._model, self._topology, self._ranks = model, topology, ranks
         self._machines, self._gpu, self._step_tokens = machines, machines.gpu, step_tokens
-        self._stages = [_Stage(model, topology, ranks, stage, machines) for stage in range(topology.pp)]
+        self._stages = [
+            _Stage(model, topology, ranks, stage, machines, sizes) for stage in range(topology.pp)
+        ]
         self._whole = sum(stage.weight_bytes(1) for stage in self._stages)
 
     def decode(self, rows: int, context: int) -> Decode:
@@ -165,23 +169,22 @@ class _Stage:
         ranks: tuple[RankPlan, ...],
         stage: int,
         machines: Machines,
+        sizes: WeightBytes,
     ) -> None:
         group = topology.tp_group(stage)
         self._layers = ranks[group.start].layers
         self._model, self._topology = model, topology
         self._always = 0
         self._stacks: dict[int, int] = {}
-        parameters = stage_parameters(model, self._layers)
-        for spec in parameters:
-            if spec.place == "first":
-                continue  # Of the embedding a step reads rows alone.
-            size = spec.local_bytes(topology)
+        # Of the embedding a step reads rows alone.
+        parameters = sizes.read_by(topology, self._layers)
+        for spec, size in parameters:
             if spec.stack:
                 self._stacks[spec.stack] = self._stacks.get(spec.stack, 0) + size
             else:
                 self._always += size
-        self._mixtures = {spec.layer: spec.stack for spec in parameters if spec.stack}
-        self._has_shared = any(spec.name.endswith(".shared_gate_up") for spec in parameters)
+        self._mixtures = {spec.layer: spec.stack for spec, _ in parameters if spec.stack}
+        self._has_shared = any(spec.name.endswith(".shared_gate_up") for spec, _ in parameters)
         self._link = machines.link(topology.tp_group(stage))
         self._hidden_bytes = model.hidden_size * DTYPE_BYTES[model.dtype]
         self._others = tuple(_others(model, topology, stage, machines))

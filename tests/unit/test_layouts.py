@@ -333,8 +333,9 @@ def test_every_known_model_can_be_pulled_by_its_name() -> None:
 def test_the_arithmetic_of_any_known_model_is_quick(name: str) -> None:
     seconds = []
     for _ in range(3):
-        started = time.monotonic()
+        # Processor time: whatever else runs beside this.
+        started = time.process_time()
         known(name, "2x8xH100")
-        seconds.append(time.monotonic() - started)
-    # A whole command has a second; this is its largest part.
-    assert min(seconds) < 0.5
+        seconds.append(time.process_time() - started)
+    # A whole command has a second, half of it for the start; 0.13 were found here.
+    assert min(seconds) < 0.3
