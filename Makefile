@@ -9,7 +9,7 @@ CHECKPOINT ?= /dev/shm/tandem-llama-3-8b
 FIGURES ?= build/figures
 GPU_BENCHMARKS := $(filter-out gpu_serve gpu_step,$(basename $(notdir $(wildcard benchmarks/gpu_*.py))))
 
-.PHONY: run setup check test test-unit test-rest test-long gpu-test gpu-bench clean
+.PHONY: run setup check test test-unit test-rest test-long test-matrix gpu-test gpu-bench clean
 
 run: setup
 	$(BIN)/tandem chat --model smollm2-135m --tp 3 --temperature 0
@@ -31,8 +31,12 @@ test: check
 	$(BIN)/pytest tests/unit
 	$(BIN)/pytest tests/golden tests/integration tests/faults
 
-test-long: setup
+test-long: setup test-matrix
 	$(BIN)/pytest tests -m long --timeout 1200
+
+# Every model over every layout, of which `make test` takes a third.
+test-matrix: setup
+	$(BIN)/pytest tests/golden/test_matrix.py --matrix all
 
 gpu-test: setup
 	$(BIN)/pytest tests/gpu -m gpu

@@ -1,0 +1,91 @@
+"""Every model over every layout: log-probabilities at every position, against transformers in float32.
+
+Prompts whole, then in steps of 7 tokens with as many steps in flight as the stages take; then decode.
+Blocks are scattered. Placed experts run in both forms, each layout in one of them.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.layout import check_degrees
+from models.registry import load_spec
+from protocol.errors import LayoutError
+from protocol.sampling import SamplingParams
+from protocol.topology import Topology
+from tests.conftest import commit
+from tests.golden import matrix
+from tests.golden.harness import Driver, Job, run_ranks_as_threads
+from tests.golden.tiny import TOLERANCE, force_split
+
+SCORED = SamplingParams(temperature=0.0, seed=0, logprobs=8, prompt_logprobs=8)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("matrix")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cell" in metafunc.fixturenames:
+        draw = metafunc.config.getoption("matrix") or commit()
+        metafunc.parametrize("cell", matrix.chosen(draw), ids=str)
+
+
+def test_the_layout_answers_as_transformers(
+    root: Path, cell: matrix.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cell.topology.ep > 1:
+        force_split(monkeypatch, is_split=(cell.topology.pp + cell.topology.dcp) % 2 == 0)
+    directory, answers = matrix.reference(root, cell.model)
+    new_tokens = matrix.MODELS[cell.model].new_tokens
+    with run_ranks_as_threads(directory, cell.topology, num_blocks=512) as instance:
+        for chunk, depth in ((64, 1), (7, cell.topology.pp + 1)):
+            jobs = [
+                Job(known[:-new_tokens], new_tokens, SCORED, start_step=i % 3)
+                for i, (known, _) in enumerate(answers)
+            ]
+            Driver(instance, chunk=chunk, depth=depth).run(jobs)
+            for job, answer in zip(jobs, answers, strict=True):
+                check(job, *answer)
+
+
+def check(job: Job, known: list[int], scores: torch.Tensor) -> None:
+    """Hold the greedy tokens, and at every position the token that came and the likeliest ones."""
+    assert job.prompt_ids + job.output_ids == known
+    found = [job.prompt_scores[p] for p in range(1, len(job.prompt_ids))] + job.logprobs
+    assert len(found) == len(known) - 1
+    for own, token, expected in zip(found, known[1:], scores, strict=False):
+        ids = [token, *own.top_ids]
+        assert [own.logprob, *own.top_logprobs] == pytest.approx(
+            expected[ids].tolist(), rel=TOLERANCE, abs=TOLERANCE
+        )
+
+
+@pytest.mark.parametrize("name", matrix.MODELS)
+def test_the_matrix_has_every_layout_that_is_possible(root: Path, name: str) -> None:
+    spec = load_spec(matrix.reference(root, name)[0])
+    for tp in matrix.DEGREES:
+        for pp in matrix.STAGES:
+            for ep in {1, tp}:
+                for dcp in (d for d in matrix.DEGREES if tp % d == 0):
+                    topology = Topology(tp, pp, ep, dcp)
+                    is_cell = topology in set(matrix.possible(matrix.MODELS[name]))
+                    try:
+                        check_degrees(spec, topology)
+                    except LayoutError:
+                        assert not is_cell, topology
+                    else:
+                        assert is_cell, topology
+
+
+def test_a_draw_takes_about_a_third_and_draws_differ() -> None:
+    cells, some, others = matrix.cells(), matrix.chosen("one"), matrix.chosen("another")
+    assert len(set(cells)) == len(cells) > 200
+    for drawn in (some, others):
+        assert 0.25 < len(drawn) / len(cells) < 0.42
+        assert {cell.model for cell in drawn} == set(matrix.MODELS)
+    assert set(some) != set(others)
+    assert matrix.chosen("one") == some
+    assert matrix.chosen(matrix.ALL) == cells
