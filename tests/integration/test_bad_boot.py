@@ -77,6 +77,14 @@ def add(tensors: dict[str, Any]) -> None:
     tensors["model.extra.weight"] = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
 
 
+def configure(**changes: Any) -> Callable[[Path], None]:
+    def apply(model: Path) -> None:
+        path = model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return apply
+
+
 NORM = "model.norm.weight"
 BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "truncated": (truncate, "model_format", "model.safetensors"),
@@ -90,6 +98,26 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         lambda m: (m / "config.json").write_text("{"),
         "model_format",
         "config.json",
+    ),
+    "an unknown architecture": (
+        configure(architectures=["GPT2LMHeadModel"]),
+        "unsupported_model",
+        "LlamaForCausalLM",  # what is known is listed
+    ),
+    "a config of another size than the tensors": (
+        configure(intermediate_size=96),
+        "model_format",
+        "model.layers.0.mlp",
+    ),
+    "a config of fewer layers than the tensors": (
+        configure(num_hidden_layers=1),
+        "model_format",
+        "model.layers.1.",
+    ),
+    "an unknown kind of rope": (
+        configure(rope_scaling={"rope_type": "spiral", "factor": 2.0}),
+        "unsupported_model",
+        "spiral",
     ),
     "a tokenizer that is none": (
         lambda m: (m / "tokenizer.json").write_text("{}"),
@@ -118,6 +146,10 @@ def test_a_broken_model_is_not_served(place: Place, tiny: Path, tmp_path: Path, 
         (("--model", "no-such-model"), "unknown_model", "model"),
         (("--model", "TINY", "--tp", "3"), "impossible_layout", "tp"),
         (("--model", "TINY", "--pp", "99"), "impossible_layout", "pp"),
+        (("--model", "TINY", "--tp", "2", "--ep", "2"), "impossible_layout", "ep"),
+        (("--model", "TINY", "--tp", "2", "--dcp", "2"), "impossible_layout", "dcp"),
+        (("--model", "TINY", "--tp", "4", "--dcp", "4"), "impossible_layout", "dcp"),
+        (("--model", "TINY", "--tp", "4", "--pp", "2", "--ep", "3"), "impossible_layout", "ep"),
         (("--model", "TINY", "--memory", "0.01"), "does_not_fit", "memory"),
         (("--model", "TINY", "--memory", "1000000"), "does_not_fit", "memory"),
         (("--model", "TINY", "--context", "100000"), "does_not_fit", "context"),
