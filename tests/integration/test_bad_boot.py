@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.server import Place
+from tandem.errors import InvalidRequestError
+from tests.server import Place, served
 from tests.tiny_llama import write_tiny_llama
 
 SMALL = ("--memory", "0.7")
@@ -191,3 +192,14 @@ def test_a_runtime_directory_that_is_not_private(tmp_path: Path, tiny: Path) -> 
     with Place(tmp_path) as place:
         place.root.mkdir(mode=0o755)
         assert place.refusal("serve", "--model", str(tiny))["code"] == "storage"
+
+
+def test_a_template_without_an_end_fails_its_request_alone(tiny: Path, tmp_path: Path) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    loops = "{% if messages[0]['content'] == 'loop' %}" + endless + "{% else %}hi{% endif %}"
+    model = write_tiny_llama(tmp_path / "endless", template=loops)
+    with served(model, *SMALL, name="endless") as server, server.client() as client:
+        with pytest.raises(InvalidRequestError, match="chat template took more than"):
+            client.chat([{"role": "user", "content": "loop"}], max_tokens=2)
+        said = client.chat([{"role": "user", "content": "hello"}], max_tokens=2, ignore_eos=True)
+        assert len(said.token_ids) == 2
