@@ -61,8 +61,8 @@ class BadRunner:
                     raise StepError(StepError.WORDS)
         self._runner.step(plan, answer)
 
-    def close(self) -> None:
-        self._runner.close()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
 
 
 def pause_load(
