@@ -24,8 +24,9 @@ from tests.golden.tiny import force_split, let_products_add
 from tests.server import served
 from tests.unit.text_models import byte_level
 
-LAYOUTS = [(1, 1), (4, 1), (2, 2)]
-LONG_LAYOUTS = [(2, 1), (8, 1), (1, 2), (4, 2), (8, 2), (1, 3), (2, 3), (4, 3)]
+LAYOUTS = [(1, 1), (2, 2)]
+"""Besides those that the matrix takes (test_matrix.py)."""
+LONG_LAYOUTS = [(2, 1), (4, 1), (8, 1), (1, 2), (4, 2), (8, 2), (1, 3), (2, 3), (4, 3)]
 PROMPT_LENGTHS = (1, 3, 7, 18, 45)
 NEW_TOKENS = 8
 TOLERANCE = 1e-4
@@ -195,7 +196,7 @@ def test_variant_matches_transformers(root: Path, variant: str) -> None:
 @pytest.mark.parametrize("is_split", [False, True])
 @pytest.mark.parametrize(
     ("variant", "tp", "pp"),
-    [("two shared", 2, 1), ("deepseek", 4, 1), ("kimi", 8, 1), ("deepseek", 2, 2), ("kimi", 4, 2)],
+    [("two shared", 2, 1), ("kimi", 4, 2)],
 )
 def test_placed_experts_match_transformers(
     root: Path, variant: str, tp: int, pp: int, is_split: bool, monkeypatch: pytest.MonkeyPatch

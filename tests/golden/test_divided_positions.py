@@ -17,13 +17,13 @@ from tests.server import served
 from tests.unit.text_models import byte_level
 from worker.backends import cpu_divided
 
-LAYOUTS = [(2, 4, 1, 2), (2, 8, 1, 4), (2, 8, 2, 2), (1, 2, 2, 2), (1, 8, 1, 8)]
+LAYOUTS = [(2, 8, 1, 4), (2, 8, 2, 2), (1, 2, 2, 2)]
 """KV heads, tp, pp, dcp."""
 LONG_LAYOUTS = [
     *((2, tp, pp, dcp) for tp, dcp in [(4, 2), (8, 2), (8, 4)] for pp in (1, 2, 3)),
     *((1, tp, pp, dcp) for tp in (2, 4, 8) for dcp in (2, 4, 8) if tp % dcp == 0 for pp in (1, 2, 3)),
 ]
-LATENT_LAYOUTS = [(2, 1, 2), (4, 2, 4), (8, 1, 2), (8, 1, 8)]
+LATENT_LAYOUTS = [(4, 2, 4), (8, 1, 2)]
 LONG_LATENT_LAYOUTS = [
     (tp, pp, dcp) for tp in (2, 4, 8) for dcp in (2, 4, 8) if tp % dcp == 0 for pp in (1, 2, 3)
 ]
@@ -39,7 +39,7 @@ def test_heads_match_transformers(root: Path, kv_heads: int, tp: int, pp: int, d
     run_layout(*test_llama_tiny.tiny(root, kv_heads), tp, pp, dcp=dcp)
 
 
-@pytest.mark.parametrize(("kv_heads", "tp", "pp", "dcp"), LAYOUTS[1:3])
+@pytest.mark.parametrize(("kv_heads", "tp", "pp", "dcp"), LAYOUTS[:1])
 def test_heads_with_norms_match_transformers(root: Path, kv_heads: int, tp: int, pp: int, dcp: int) -> None:
     run_layout(*test_qwen3_tiny.dense(root, kv_heads), tp, pp, dcp=dcp)
 
