@@ -116,7 +116,7 @@ class CudaRunner:
         """Capture the decode graphs over padded rows: no line of the cache is written."""
         # Where all decode sizes are our own kernels', cuBLAS's first product would be a captured one,
         # and its handle cannot be made there.
-        torch.cuda.current_blas_handle()
+        torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
         # A graph of another life that is collected while one is captured breaks it.
         gc.collect()
         gc.disable()
