@@ -19,9 +19,10 @@ from worker.backends.cuda.attention_paths import (
     DecodeRule,
     PrefillPath,
 )
-from worker.backends.cuda.attention_runs import RunPrefill, split_runs
+from worker.backends.cuda.attention_runs import RunPrefill
 from worker.backends.cuda.flashinfer import Operators, PagedPrefill, Xqa
 from worker.backends.cuda.launch import Kernels
+from worker.backends.cuda.long_rows import split_runs
 from worker.context import AttentionPlan
 
 _LARGEST_DIM = 256

@@ -5,7 +5,6 @@ where pages are gathered by threads, in tiles of 96. Each row has a launch of it
 with the row: beyond its last key the copy engine gives zeros, whatever lies in the cache there.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,27 +13,7 @@ import torch
 from kv.tensors import LayerCache
 from worker.backends.cuda.attention_own import Shape
 from worker.backends.cuda.flashinfer import Operators, RaggedPlan, RaggedPrefill, prefill_name, takes_pages
-
-LONG_ROW = 1024
-"""Tokens of a step from which on a row is worth a launch: with fewer, many multiprocessors would idle."""
-
-
-def split_runs(
-    rows: range, counts: Sequence[int], first_blocks: Sequence[int | None]
-) -> tuple[range, dict[int, int]]:
-    """Return what stays on pages of some neighbouring rows, and the first blocks of the others, by row.
-
-    These are the long rows that are runs, at the beginning and at the end: what is between two others stays
-    with them, since a step has one plan over pages.
-    """
-    runs = {
-        row: first_block
-        for row in rows
-        if counts[row] >= LONG_ROW and (first_block := first_blocks[row]) is not None
-    }
-    begin = next((row for row in rows if row not in runs), rows.stop)
-    end = next((row + 1 for row in reversed(rows) if row not in runs), begin)
-    return range(begin, end), {row: block for row, block in runs.items() if not begin <= row < end}
+from worker.backends.cuda.long_rows import LONG_ROW
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import random
 
-from worker.backends.cuda.attention_runs import LONG_ROW, split_runs
+from worker.backends.cuda.long_rows import LONG_ROW, split_runs
 
 LONG, SHORT = LONG_ROW, LONG_ROW - 1
 
