@@ -1,4 +1,4 @@
-"""Which rows of a step attend over the cache as a matrix (attention_runs.py): told from the host's numbers."""
+"""Which rows of a step attend over the cache as a matrix (attention_runs.py), told from host numbers."""
 
 from collections.abc import Sequence
 
