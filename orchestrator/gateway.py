@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 
 from orchestrator.connections import Connections, GatewayLimits
-from orchestrator.intake import Intake, as_tandem_error, choice_seed
+from orchestrator.intake import Intake, as_tandem_error, check_tools, choice_seed, template_variables
 from orchestrator.outbox import split_scores
 from orchestrator.request import End, Request, RequestOutput
 from orchestrator.router import Router
@@ -164,6 +164,7 @@ class Gateway:
         try:
             self._check_room(connection, generate)
             self._intake.check(generate)
+            check_tools(generate, self._text)
             token_ids = generate.prompt_ids
             if generate.prompt is not None:
                 token_ids = self._text.encode_short(generate.prompt)
@@ -204,7 +205,11 @@ class Gateway:
         try:
             async with asyncio.timeout(generate.timeout_s):
                 if generate.messages is not None:
-                    token_ids = await self._text.chat(generate.messages, limit)
+                    tools = [] if generate.tool_choice == "none" else generate.tools
+                    encoded = await self._text.chat(
+                        generate.messages, limit, tools, template_variables(generate)
+                    )
+                    token_ids, stream.is_thinking = encoded.token_ids, encoded.is_thinking
                 else:
                     assert generate.prompt is not None
                     token_ids = await self._text.encode(generate.prompt, limit)
@@ -236,11 +241,20 @@ class Gateway:
                 # A refusal, or worse: the stream must end, and the choices before this one with it.
                 self._fail(stream, as_tandem_error(error))
                 return
-            stops = StopStrings(generate.stop) if generate.stop else None
-            choice = Choice(stream, index, request, self._text.detokenizer(), stops)
+            choice = self._choice(stream, index, request)
             stream.open_choices[index] = self._choices[request] = choice
         stream.first_request = stream.open_choices[0].request
         self._connections.push(stream.connection, Started(stream.id, token_ids, seed))
+
+    def _choice(self, stream: Stream, index: int, request: Request) -> Choice:
+        generate, speech = stream.generate, self._text.speech
+        stops = StopStrings(generate.stop) if generate.stop else None
+        parser = None
+        if generate.messages is not None and generate.parse:
+            calls = bool(generate.tools) and generate.tool_choice != "none"
+            parser = speech.parser(calls=calls, is_thinking=stream.is_thinking)
+        detokenizer = self._text.detokenizer() if parser is None else speech.detokenizer()
+        return Choice(stream, index, request, detokenizer, stops, parser)
 
     def _request(self, stream: Stream, index: int, seed: int) -> Request:
         generate = stream.generate
@@ -289,7 +303,7 @@ class Gateway:
             stream.first_token_s = now - stream.received_s
         if (
             output.end is not None
-            or choice.stops is not None
+            or not choice.is_plain
             or output.logprobs is not None
             or output.prompt_logprobs is not None
         ):
@@ -314,12 +328,22 @@ class Gateway:
         text, count, stopped = choice.read(output.token_ids, output.end)
         stream.completion_tokens += count
         reason: FinishReason | None = "stop" if stopped else output.end and output.end.finish_reason
-        if count or text or reason is not None:
+        said, thought, calls = choice.parts(text, is_over=reason is not None)
+        if reason == "stop" and choice.parser is not None and choice.parser.num_calls:
+            reason = "tool_calls"
+        if count or said or thought or calls or reason is not None:
             logprobs = None if output.logprobs is None else output.logprobs[:count]
-            token_ids = list(output.token_ids[:count])
-            self._connections.push(
-                stream.connection, Delta(stream.id, choice.index, token_ids, text, logprobs, reason)
+            delta = Delta(
+                stream.id,
+                choice.index,
+                list(output.token_ids[:count]),
+                said,
+                logprobs,
+                reason,
+                thought,
+                calls or None,
             )
+            self._connections.push(stream.connection, delta)
         if reason is not None:
             self._finish_choice(choice)
             if output.end is None:

@@ -5,6 +5,8 @@ import struct
 
 import msgspec
 
+from orchestrator.text.service import TextService
+from protocol.chat import VariableValue
 from protocol.client import ClientMessage, Generate, Info, to_gateway_codec
 from protocol.errors import ContextTooLongError, InvalidRequestError, ProtocolError, TandemError
 from protocol.framing import VERSION
@@ -94,6 +96,35 @@ class Intake:
                 f"token id {bad} in {field} is outside the vocabulary of {size} (ids 0 to {size - 1})",
                 field=field,
             )
+
+
+def check_tools(generate: Generate, text: TextService) -> None:
+    """Refuse tools that this model could not be told of, or whose calls could not be read."""
+    choice = generate.tool_choice
+    if choice not in ("none", "auto"):
+        raise InvalidRequestError(
+            "a call cannot be forced yet: tool_choice is auto or none", field="tool_choice"
+        )
+    if not generate.tools or choice == "none":
+        return
+    if text.has_chat_template and not text.takes_tools:
+        raise InvalidRequestError(
+            "this model's chat template has no place for tools: ask without them", field="tools"
+        )
+    if generate.parse and text.speech.tools is None:
+        raise InvalidRequestError(
+            "this model's calls are in no form known here: with parse false they come as text",
+            field="tools",
+        )
+
+
+def template_variables(generate: Generate) -> dict[str, VariableValue]:
+    """Return what a request sets of its chat template's variables."""
+    if generate.thinking is None:
+        return generate.chat_template_kwargs
+    # The published templates have one name or the other.
+    thinking = {"thinking": generate.thinking, "enable_thinking": generate.thinking}
+    return thinking | generate.chat_template_kwargs
 
 
 def choice_seed(seed: int, index: int) -> int:

@@ -1,5 +1,6 @@
 """What waits to be sent to one client: bounded, and merged where the client is slow."""
 
+from protocol.chat import ToolCallDelta
 from protocol.client import Cancelled, Delta, Event, Events, Failed, Finished, PromptScores, Started
 from protocol.control import TokenLogprobs
 from protocol.errors import ProtocolError
@@ -59,11 +60,15 @@ class _Merged:
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprobs] | None = None
         self._finish_reason = first.finish_reason
+        self._thoughts: list[str] = []
+        self._calls: list[ToolCallDelta] = []
         self.add(first)
 
     def add(self, delta: Delta) -> None:
         self._token_ids.extend(delta.token_ids)
         self._texts.append(delta.text)
+        self._thoughts.append(delta.reasoning)
+        self._calls.extend(delta.tool_calls or ())
         if delta.logprobs is not None:
             if self._logprobs is None:
                 self._logprobs = []
@@ -78,13 +83,17 @@ class _Merged:
             "".join(self._texts),
             self._logprobs,
             self._finish_reason,
+            "".join(self._thoughts),
+            self._calls or None,
         )
 
 
 def _size_bytes(event: Event) -> int:
     match event:
         case Delta():
-            return 128 + 5 * len(event.token_ids) + 4 * len(event.text) + _scores_bytes(event.logprobs)
+            said = 4 * (len(event.text) + len(event.reasoning))
+            calls = sum(512 + 4 * len(call.arguments) for call in event.tool_calls or ())
+            return 128 + 5 * len(event.token_ids) + said + calls + _scores_bytes(event.logprobs)
         case PromptScores():
             return 128 + _scores_bytes(event.logprobs)
         case Started():

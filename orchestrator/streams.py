@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from orchestrator.outbox import Backlog
 from orchestrator.request import End, Request
 from orchestrator.text.detokenizer import Detokenizer
+from orchestrator.text.parsers import Parser, ReasoningDelta, TextDelta, ToolArgumentsDelta, ToolCallBegin
 from orchestrator.text.stop import StopStrings
+from protocol.chat import ToolCallDelta
 from protocol.client import Event, Generate
 
 
@@ -20,7 +22,35 @@ class Choice:
     request: Request
     detokenizer: Detokenizer
     stops: StopStrings | None
+    parser: Parser | None = None
+    """Tells reasoning and calls apart from text; None: all is text."""
     num_tokens: int = 0
+    is_plain: bool = field(init=False)
+    """Whether tokens that come go out as the text they are."""
+
+    def __post_init__(self) -> None:
+        """Say it once: it is asked for every token."""
+        self.is_plain = self.stops is None and self.parser is None
+
+    def parts(self, text: str, *, is_over: bool) -> tuple[str, str, list[ToolCallDelta]]:
+        """Return what more text of the model's says to the user, what it thinks, and what it calls."""
+        if self.parser is None:
+            return text, "", []
+        events = self.parser.push(text)
+        if is_over:
+            events += self.parser.finish()
+        said, thought, calls = "", "", []
+        for event in events:
+            match event:
+                case TextDelta():
+                    said += event.text
+                case ReasoningDelta():
+                    thought += event.text
+                case ToolCallBegin():
+                    calls.append(ToolCallDelta(event.index, event.id, event.name))
+                case ToolArgumentsDelta():
+                    calls.append(ToolCallDelta(event.index, arguments=event.text))
+        return said, thought, calls
 
     def read(self, token_ids: Sequence[int], end: End | None) -> tuple[str, int, bool]:
         """Return the text of new tokens, how many of them count, and whether a stop string ended it.
@@ -64,6 +94,8 @@ class Stream:
     received_s: float
     """Monotonic seconds."""
     prompt_ids: list[int] = field(default_factory=list)
+    is_thinking: bool = False
+    """The prompt ends inside the model's thoughts."""
     open_choices: dict[int, Choice] = field(default_factory=dict)
     """By index; a choice leaves with its finish reason."""
     first_request: Request | None = None

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from protocol.chat import ChatMessage, Tool, ToolCallDelta, ToolChoice, Variable, VariableValue
 from protocol.control import TokenLogprobs
 from protocol.errors import ErrorInfo
 from protocol.framing import MAX_CLIENT_FRAME_BYTES, Codec
@@ -18,15 +19,8 @@ SILENCE_LIMIT_S = 6.0
 
 StreamId = Annotated[str, Meta(min_length=1, max_length=64)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Role = Literal["system", "user", "assistant", "tool"]
-FinishReason = Literal["stop", "length"]
-
-
-class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One message of a conversation."""
-
-    role: Role
-    content: str
+FinishReason = Literal["stop", "length", "tool_calls"]
+_TEMPLATES_OWN = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="generate"):
@@ -37,6 +31,16 @@ class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     prompt: str | None = None
     prompt_ids: list[TokenId] | None = None
     messages: list[ChatMessage] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] = []
+    """What the model may call; with ``messages`` only."""
+    tool_choice: ToolChoice = "auto"
+    """``none`` keeps the tools from the model. ``required`` and a named tool are refused."""
+    thinking: bool | None = None
+    """``thinking`` and ``enable_thinking`` of the chat template; None: as the template has it."""
+    chat_template_kwargs: Annotated[dict[Variable, VariableValue], Meta(max_length=16)] = {}
+    """Other variables of the chat template."""
+    parse: bool = True
+    """Tell reasoning and tool calls apart from text; else all that the model says is text."""
     sampling: SamplingParams = SamplingParams()
     n: Annotated[int, Meta(ge=1, le=64)] = 1
     """Answers; choice i draws from a seed derived from the request's and i."""
@@ -60,6 +64,11 @@ class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
             raise ValueError(
                 f"prompt: give exactly one of prompt, prompt_ids and messages, not {given or 'none'}"
             )
+        if self.messages is None and (self.tools or self.thinking is not None or self.chat_template_kwargs):
+            raise ValueError("messages are missing: tools and the template's variables are for them alone")
+        for name in self.chat_template_kwargs:
+            if name in _TEMPLATES_OWN or name.endswith("_token"):
+                raise ValueError(f"chat_template_kwargs: {name} is not for a request to set")
         if self.timeout_s is not None and not math.isfinite(self.timeout_s):
             raise ValueError("timeout_s must be a finite number of seconds")
 
@@ -95,7 +104,7 @@ class Started(msgspec.Struct, frozen=True, tag="started"):
 
 
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True, tag="delta"):
-    """More of one choice. ``token_ids`` include an end token; ``text`` never includes a stop string."""
+    """More of one choice. ``token_ids`` include an end token; no text of it includes a stop string."""
 
     id: str
     index: int
@@ -104,6 +113,9 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True, tag="delta"):
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     """Set on a choice's last delta."""
+    reasoning: str = ""
+    """What the model thinks before it speaks; no part of ``text``."""
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class PromptScores(msgspec.Struct, frozen=True, tag="prompt_scores"):

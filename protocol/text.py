@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from protocol.client import ChatMessage
+from protocol.chat import ChatMessage, Tool, VariableValue
 from protocol.framing import Codec
 
 MAX_TEXT_FRAME_BYTES: Final = 64 << 20
@@ -29,6 +29,8 @@ class EncodeChat(msgspec.Struct, frozen=True, array_like=True, tag="chat"):
 
     messages: list[ChatMessage]
     limit: int
+    tools: list[Tool] = []
+    variables: dict[str, VariableValue] = {}
 
 
 class HelperReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
@@ -42,6 +44,8 @@ class Encoded(msgspec.Struct, frozen=True, array_like=True, tag="encoded"):
 
     token_ids: list[int]
     count: int
+    is_thinking: bool = False
+    """A conversation's prompt ends in an open ``<think>``."""
 
 
 class RefusalKind(StrEnum):

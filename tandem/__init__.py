@@ -3,7 +3,8 @@
 Owns the connection, its keep-alive and the finding of servers by name. Imports protocol only.
 """
 
-from protocol.client import ChatMessage, Info, Stats, Timings, Usage
+from protocol.chat import ChatMessage, FunctionCall, Tool, ToolCall
+from protocol.client import Info, Stats, Timings, Usage
 from protocol.control import TokenLogprobs
 from tandem.aio import AsyncClient, AsyncStream
 from tandem.client import Client, Stream
@@ -18,6 +19,7 @@ __all__ = [
     "Choice",
     "Chunk",
     "Client",
+    "FunctionCall",
     "Info",
     "Parameters",
     "Result",
@@ -26,6 +28,8 @@ __all__ = [
     "TandemError",
     "Timings",
     "TokenLogprobs",
+    "Tool",
+    "ToolCall",
     "Usage",
     "find_instance",
 ]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from protocol.client import ChatMessage
+from protocol.chat import ChatMessage
 from protocol.errors import InstanceFailedError
 from protocol.sampling import SamplingParams
 from tandem.client import Client

@@ -6,7 +6,8 @@ from typing import Any, Final
 
 import msgspec
 
-from protocol.client import ChatMessage, Generate
+from protocol.chat import ChatMessage
+from protocol.client import Generate
 from protocol.errors import InvalidRequestError, StorageError
 from protocol.sampling import SamplingParams
 
@@ -85,10 +86,10 @@ class Conversation:
         self.turns.append(ChatMessage("user", text))
         self._again = 0
 
-    def answer(self, text: str) -> None:
+    def answer(self, text: str, reasoning: str = "") -> None:
         """Add the model's answer. An empty one takes the question back, so that turns stay in pairs."""
-        if text:
-            self.turns.append(ChatMessage("assistant", text))
+        if text or reasoning:
+            self.turns.append(ChatMessage("assistant", text, reasoning_content=reasoning or None))
         else:
             self.take_back()
 
@@ -134,5 +135,5 @@ class Conversation:
 
     def _as_markdown(self, model: str) -> str:
         parts = [f"# Conversation with {model}"]
-        parts += [f"**{message.role}**\n\n{message.content.strip()}" for message in self.messages()]
+        parts += [f"**{message.role}**\n\n{(message.content or '').strip()}" for message in self.messages()]
         return "\n\n".join(parts) + "\n"

@@ -5,7 +5,8 @@ from typing import Any
 
 import msgspec
 
-from protocol.client import ChatMessage, Info
+from protocol.chat import ChatMessage
+from protocol.client import Info
 from protocol.control import TokenLogprobs
 from protocol.errors import InvalidRequestError, TandemError
 from tandem.client import Client
@@ -62,6 +63,8 @@ def as_data(result: Result) -> dict[str, Any]:
         "prompt_ids": result.prompt_ids,
         "token_ids": result.token_ids,
         "text": result.text,
+        "reasoning": result.reasoning,
+        "tool_calls": msgspec.to_builtins(result.tool_calls),
         "finish_reason": result.finish_reason,
         "logprobs": None if result.logprobs is None else [_scores(token) for token in result.logprobs],
         "timings": msgspec.to_builtins(result.timings),

@@ -53,9 +53,23 @@ class Screen:
         self.terminal = terminal
         self.colour = colour and terminal
         self._at_line_start = True
+        self._shows_thoughts = False
+
+    def thought(self, text: str) -> None:
+        """Show more of what the model thinks before it answers: on a terminal, dimmed."""
+        shown = printable(text)
+        if shown and self.terminal:
+            self._shows_thoughts = True
+            self._answers.write(f"\x1b[2m{shown}\x1b[0m" if self.colour else shown)
+            self._answers.flush()
+            self._at_line_start = shown.endswith("\n")
 
     def answer(self, text: str) -> None:
         """Show more of an answer at once."""
+        if self._shows_thoughts:
+            self._shows_thoughts = False
+            text = text.lstrip("\n")
+            self.gap()
         shown = printable(text) if self.terminal else text
         if shown:
             self._answers.write(shown)
@@ -65,8 +79,14 @@ class Screen:
     def answer_of(self, has_tokenizer: bool) -> "Callable[[Chunk], None]":
         """Return what shows chunks: their text, or token ids where the model has no text."""
         if has_tokenizer:
-            return lambda chunk: self.answer(chunk.text)
+            return self.part
         return lambda chunk: self.answer("".join(f"{token} " for token in chunk.token_ids))
+
+    def part(self, chunk: "Chunk") -> None:
+        """Show a chunk's thoughts and its text."""
+        self.thought(chunk.reasoning)
+        if chunk.text:
+            self.answer(chunk.text)
 
     def ignore(self, _chunk: "Chunk") -> None:
         """Show nothing."""

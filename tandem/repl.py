@@ -79,6 +79,7 @@ class Repl:
         Errors: those of the server; the question is then taken back.
         """
         said: list[str] = []
+        thought: list[str] = []
         finished = False
         try:
             parameters = _parameters(self.conversation)
@@ -86,7 +87,8 @@ class Repl:
             try:
                 for chunk in stream:
                     said.append(chunk.text)
-                    self.screen.answer(chunk.text)
+                    thought.append(chunk.reasoning)
+                    self.screen.part(chunk)
             finally:
                 stream.close()
             finished = True
@@ -94,7 +96,7 @@ class Repl:
             self.screen.end_answer("".join(said))
             if self.last is not None and self.last.finish_reason == "length":
                 self.screen.note("(the answer reached its limit of tokens)")
-            elif not any(said):
+            elif not any(said) and not any(thought):
                 self.screen.note("(the model said nothing; the question is taken back)")
         except KeyboardInterrupt:
             if not self.screen.terminal:
@@ -102,8 +104,8 @@ class Repl:
             self.screen.note("(stopped)")
         finally:
             # A cut answer is kept for /regenerate and for the model to go on from.
-            if finished or any(said):
-                self.conversation.answer("".join(said))
+            if finished or any(said) or any(thought):
+                self.conversation.answer("".join(said), "".join(thought))
             else:
                 self.conversation.take_back()
 

@@ -5,8 +5,8 @@ from typing import Any, TypedDict
 
 import msgspec
 
+from protocol.chat import ChatMessage, FunctionCall, Tool, ToolCall, ToolCallDelta, ToolChoice
 from protocol.client import (
-    ChatMessage,
     Delta,
     Finished,
     FinishReason,
@@ -18,7 +18,7 @@ from protocol.client import (
 from protocol.control import TokenLogprobs
 from protocol.errors import InvalidRequestError
 
-Messages = Sequence[ChatMessage | Mapping[str, str]]
+Messages = Sequence[ChatMessage | Mapping[str, Any]]
 _SAMPLING = frozenset(
     (
         *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
@@ -50,6 +50,11 @@ class Parameters(TypedDict, total=False):
     priority: int
     timeout_s: float | None
     cache_salt: str
+    tools: Sequence[Tool | Mapping[str, Any]]
+    tool_choice: ToolChoice | Mapping[str, Any]
+    thinking: bool | None
+    chat_template_kwargs: Mapping[str, Any]
+    parse: bool
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -61,6 +66,9 @@ class Chunk(msgspec.Struct, frozen=True):
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None
     """Set on the choice's last chunk."""
+    reasoning: str = ""
+    """What the model thinks before it speaks."""
+    tool_calls: list[ToolCallDelta] = []
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -72,6 +80,9 @@ class Choice(msgspec.Struct, frozen=True):
     """With the end token, where the model ended by one."""
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = []
+    """They can be sent back as they are, in a message of the assistant's."""
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -89,6 +100,16 @@ class Result(msgspec.Struct, frozen=True):
     def text(self) -> str:
         """Return the answer."""
         return self.choices[0].text
+
+    @property
+    def reasoning(self) -> str:
+        """Return what the model thought before it spoke."""
+        return self.choices[0].reasoning
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """Return the calls that the answer makes."""
+        return self.choices[0].tool_calls
 
     @property
     def token_ids(self) -> list[int]:
@@ -120,7 +141,15 @@ class Collector:
         match event:
             case Delta():
                 self._deltas.setdefault(event.index, []).append(event)
-                return Chunk(event.index, event.text, event.token_ids, event.logprobs, event.finish_reason)
+                return Chunk(
+                    event.index,
+                    event.text,
+                    event.token_ids,
+                    event.logprobs,
+                    event.finish_reason,
+                    event.reasoning,
+                    event.tool_calls or [],
+                )
             case Started():
                 self.started = event
             case PromptScores():
@@ -153,7 +182,20 @@ def _choice(index: int, deltas: list[Delta]) -> Choice:
         token_ids=[t for d in deltas for t in d.token_ids],
         logprobs=[s for scores in scored for s in scores] if scored else None,
         finish_reason=reason,
+        reasoning="".join(d.reasoning for d in deltas),
+        tool_calls=_calls([call for d in deltas for call in d.tool_calls or ()]),
     )
+
+
+def _calls(deltas: list[ToolCallDelta]) -> list[ToolCall]:
+    """Return whole calls, in the order of their beginnings."""
+    ids: dict[int, tuple[str, str]] = {}
+    arguments: dict[int, str] = {}
+    for delta in deltas:
+        if delta.id is not None and delta.name is not None:
+            ids[delta.index] = delta.id, delta.name
+        arguments[delta.index] = arguments.get(delta.index, "") + delta.arguments
+    return [ToolCall(call, FunctionCall(name, arguments[at])) for at, (call, name) in ids.items()]
 
 
 def generate_message(

@@ -8,7 +8,7 @@ ByteFallback, Fuse, Strip) and OpenAI's byte alphabet for GPT-2.
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
@@ -105,8 +105,8 @@ class TiktokenTable(dict[int, str | None]):
 class ByteLevelDetokenizer:
     """Byte-level BPE: the bytes of all tokens together are UTF-8."""
 
-    def __init__(self, table: ByteLevelTable | TiktokenTable) -> None:
-        self._table = table
+    def __init__(self, table: "ByteLevelTable | TiktokenTable", marks: Mapping[int, str]) -> None:
+        self._table, self._marks = table, marks
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._pending = False
 
@@ -124,11 +124,16 @@ class ByteLevelDetokenizer:
         return self._through_bytes(token_ids)
 
     def _through_bytes(self, token_ids: Sequence[int]) -> str:
-        table, found = self._table, b""
+        table, found, said = self._table, b"", ""
         for token_id in token_ids:
             text = table[token_id]
+            if token_id in self._marks:
+                # No bytes of it: what was incomplete before it stays so.
+                said += self._decoder.decode(found, final=True) + self._marks[token_id]
+                found = b""
+                continue
             found += table.pieces[token_id] if text is None else text.encode()
-        text = self._decoder.decode(found)
+        text = said + self._decoder.decode(found)
         self._pending = bool(self._decoder.getstate()[0])
         return text
 
@@ -209,18 +214,23 @@ class ByteFallbackDetokenizer:
 class StreamDetokenizer:
     """Any other decoder, through the tokenizer's own stream: slower, and as exact as that is."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, marks: Mapping[int, str]) -> None:
+        self._tokenizer, self._marks = tokenizer, marks
         self._stream = DecodeStream(skip_special_tokens=True)
         self._token_ids: list[int] = []
         self._given = ""
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Return the text that these tokens complete."""
-        self._token_ids.extend(token_ids)
-        text = "".join([self._stream.step(self._tokenizer, t) or "" for t in token_ids])
-        self._given += text
-        return text
+        found = ""
+        for token_id in token_ids:
+            mark = self._marks.get(token_id)
+            if mark is None:
+                self._token_ids.append(token_id)
+                text = self._stream.step(self._tokenizer, token_id) or ""
+                self._given += text
+            found += text if mark is None else mark
+        return found
 
     def finish(self) -> str:
         """Return what the whole decoding has beyond what was given out."""
@@ -233,6 +243,7 @@ class DetokenizerFactory:
 
     def __init__(self, tokenizer: Tokenizer | TiktokenVocabulary) -> None:
         self._tokenizer = tokenizer
+        self._marks: Mapping[int, str] = {}
         self._byte_level: ByteLevelTable | TiktokenTable | None = None
         self._strip: int | None = None
         self._byte_fallback: ByteFallbackTable | None = None
@@ -245,14 +256,23 @@ class DetokenizerFactory:
         self._strip = _byte_fallback_strip(decoder)
         self._byte_fallback = ByteFallbackTable(tokenizer) if self._strip is not None else None
 
+    def marked(self, marks: Mapping[int, str]) -> "DetokenizerFactory":
+        """Return another factory, whose detokenizers give some special tokens a text."""
+        found = DetokenizerFactory(self._tokenizer)
+        found._marks = marks
+        for table in (found._byte_level, found._byte_fallback):
+            if table is not None:
+                table.update(marks)
+        return found
+
     def make(self) -> Detokenizer:
         """Return a detokenizer for one choice."""
         if self._byte_level is not None:
-            return ByteLevelDetokenizer(self._byte_level)
+            return ByteLevelDetokenizer(self._byte_level, self._marks)
         if self._byte_fallback is not None:
             return ByteFallbackDetokenizer(self._byte_fallback, self._strip or 0)
         assert isinstance(self._tokenizer, Tokenizer)
-        return StreamDetokenizer(self._tokenizer)
+        return StreamDetokenizer(self._tokenizer, self._marks)
 
 
 def _byte_fallback_strip(decoder: dict[str, Any]) -> int | None:

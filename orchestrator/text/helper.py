@@ -11,10 +11,10 @@ import signal
 import sys
 from pathlib import Path
 
-from orchestrator.text.guard import Guard, name_pattern
+from orchestrator.text.conversation import Conversation
+from orchestrator.text.guard import name_pattern
 from orchestrator.text.template import ChatTemplate, TemplateSource
 from orchestrator.text.vocabulary import load_vocabulary
-from protocol.client import ChatMessage
 from protocol.errors import TandemError
 from protocol.text import (
     LENGTH_BYTES,
@@ -48,12 +48,13 @@ class Helper:
 
     def answer(self, job: TextJob) -> TextAnswer:
         """Return the token ids of a job, or why there are none."""
+        is_thinking = False
         try:
             match job:
                 case EncodeText(text=text):
                     token_ids = self._vocabulary.encode(text, as_prompt=True)
-                case EncodeChat(messages=messages):
-                    token_ids = self._chat(messages)
+                case EncodeChat():
+                    token_ids, is_thinking = self._chat(job)
         except TandemError as error:
             return Refused(RefusalKind.TEMPLATE, error.message)
         except MemoryError:
@@ -62,19 +63,23 @@ class Helper:
             # The tokenizer's errors have no class of their own.
             return Refused(RefusalKind.TOKENIZER, f"the tokenizer refuses the text: {error}")
         count = len(token_ids)
-        return Encoded(token_ids if count <= job.limit else [], count)
+        return Encoded(token_ids if count <= job.limit else [], count, is_thinking)
 
-    def _chat(self, messages: list[ChatMessage]) -> list[int]:
+    def _chat(self, job: EncodeChat) -> tuple[list[int], bool]:
         if self._template is None:
             self._template = ChatTemplate(self._source)
-        guard = Guard(self._source.text or "", [message.content for message in messages])
-        said = []
-        for message in messages:
-            # What the model said may hold its own marks for thinking and tools, which templates look for.
-            names = self._special_names if message.role == "assistant" else self._added_names
-            said.append({"role": message.role, "content": guard.guard(message.content, names)})
-        pieces = guard.pieces(self._template.render(said))
-        return [t for piece in pieces for t in self._vocabulary.encode(piece, as_prompt=False)]
+        said = Conversation(
+            job.messages,
+            job.tools,
+            job.variables,
+            self._source.text or "",
+            added_names=self._added_names,
+            special_names=self._special_names,
+        )
+        rendered = self._template.render(said.messages, said.tools, said.variables)
+        pieces = said.guard.pieces(rendered)
+        token_ids = [t for piece in pieces for t in self._vocabulary.encode(piece, as_prompt=False)]
+        return token_ids, rendered.rstrip().endswith("<think>")
 
 
 def main(arguments: list[str]) -> int:

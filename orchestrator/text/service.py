@@ -7,9 +7,10 @@ from typing import Any, Self
 
 from orchestrator.text.detokenizer import Detokenizer, DetokenizerFactory, NoText
 from orchestrator.text.pool import HelperPool
-from orchestrator.text.template import TemplateSource, read_json
+from orchestrator.text.speech import Speech
+from orchestrator.text.template import TemplateSource, read_json, takes_tools
 from orchestrator.text.vocabulary import JsonVocabulary, Vocabulary, load_vocabulary
-from protocol.client import ChatMessage
+from protocol.chat import ChatMessage, Tool, VariableValue
 from protocol.errors import ContextTooLongError, InvalidRequestError, ModelFormatError
 from protocol.text import EncodeChat, Encoded, EncodeText
 
@@ -26,14 +27,16 @@ class TextService:
         factory: DetokenizerFactory | None,
         pool: HelperPool | None,
         *,
-        has_chat_template: bool,
+        template: str | None,
         end_token_ids: frozenset[int],
     ) -> None:
         self._vocabulary = vocabulary
         self._factory = factory
         self._pool = pool
         self.has_tokenizer = vocabulary is not None
-        self.has_chat_template = has_chat_template
+        self.has_chat_template = template is not None
+        self.takes_tools = template is not None and takes_tools(template)
+        self.speech = Speech.of(template or "", vocabulary, factory)
         self.end_token_ids = end_token_ids
         """From generation_config.json; config.json's are the ModelSpec's."""
 
@@ -55,12 +58,11 @@ class TextService:
         """
         vocabulary, factory, source, end_token_ids = await asyncio.to_thread(_load, model_directory)
         if vocabulary is None:
-            return cls(None, None, None, has_chat_template=False, end_token_ids=end_token_ids)
+            return cls(None, None, None, template=None, end_token_ids=end_token_ids)
         pool = HelperPool(model_directory, size=helpers, deadline_s=deadline_s, memory_bytes=memory_bytes)
         if prestart and source.text is not None:
             pool.prestart()
-        has_template = source.text is not None
-        return cls(vocabulary, factory, pool, has_chat_template=has_template, end_token_ids=end_token_ids)
+        return cls(vocabulary, factory, pool, template=source.text, end_token_ids=end_token_ids)
 
     def encode_short(self, text: str) -> list[int] | None:
         """Return a raw prompt's tokens (special ones added) at once; None where it is long: use ``encode``.
@@ -87,7 +89,13 @@ class TextService:
         assert self._pool is not None
         return _within(await self._pool.run(EncodeText(text, limit)), limit, "prompt")
 
-    async def chat(self, messages: list[ChatMessage], limit: int) -> list[int]:
+    async def chat(
+        self,
+        messages: list[ChatMessage],
+        limit: int,
+        tools: list[Tool] | None = None,
+        variables: dict[str, VariableValue] | None = None,
+    ) -> Encoded:
         """Return the tokens of a conversation in the model's template, rendered in a helper.
 
         Errors: ``InvalidRequestError`` naming ``messages``; ``ContextTooLongError`` over ``limit`` tokens.
@@ -98,7 +106,10 @@ class TextService:
                 "this model directory has no chat template: send prompt or prompt_ids", field="messages"
             )
         assert self._pool is not None
-        return _within(await self._pool.run(EncodeChat(messages, limit)), limit, "messages")
+        job = EncodeChat(messages, limit, tools or [], variables or {})
+        encoded = await self._pool.run(job)
+        _within(encoded, limit, "messages")
+        return encoded
 
     def detokenizer(self) -> Detokenizer:
         """Return a detokenizer for one choice."""

@@ -6,6 +6,7 @@ template from our objects but bounds neither its time nor its memory.
 """
 
 import json
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ import jinja2.sandbox
 from protocol.errors import InvalidRequestError, ModelFormatError
 
 MAX_CONFIG_BYTES = 16 << 20
+_ASKS_IS_STRING = re.compile(r"arguments\s+is\s+(?:not\s+)?(?:string|mapping)")
 
 
 class TemplateSource:
@@ -87,6 +89,16 @@ def _template(directory: Path, config: dict[str, Any]) -> str | None:
     return named if isinstance(named, str) else None
 
 
+def takes_tools(text: str) -> bool:
+    """Whether a template's text has a place for tools."""
+    return "tools" in text
+
+
+def wants_text_of_arguments(text: str) -> bool:
+    """Whether a template takes a call's arguments as JSON text where they are text, instead of as data."""
+    return _ASKS_IS_STRING.search(text) is not None
+
+
 class _Generation(jinja2.ext.Extension):
     """``{% generation %}`` marks the assistant's words for training; for us its body is plain output."""
 
@@ -116,19 +128,26 @@ class ChatTemplate:
                 f"the model's chat template does not compile: {error}", field="messages"
             ) from None
 
-    def render(self, messages: list[dict[str, str]]) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        variables: dict[str, Any] | None = None,
+    ) -> str:
         """Return the conversation up to where the assistant speaks.
 
         Errors: ``InvalidRequestError`` naming ``messages``, with what the template said.
         """
+        # One dictionary: a variable may have any name, that of a parameter too.
+        given = (variables or {}) | self._special_tokens
+        given |= {
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._special_tokens,
-            )
+            return self._template.render(given)
         except MemoryError:
             raise
         except Exception as error:

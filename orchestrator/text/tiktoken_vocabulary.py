@@ -82,6 +82,10 @@ class TiktokenVocabulary:
         """Those of them that are no text."""
         return [name for name, token_id in self._named.items() if token_id in self.special_ids]
 
+    def token_id(self, name: str) -> int | None:
+        """Return the id of an added token."""
+        return self._named.get(name)
+
     def encode(self, text: str, *, as_prompt: bool) -> list[int]:
         """Return token ids; ``as_prompt`` puts the begin token before them, where the model wants one."""
         token_ids = list(self._bos_ids) if as_prompt else []

@@ -23,6 +23,9 @@ class Vocabulary(Protocol):
     def special_tokens(self) -> list[str]:
         """Those of them that are no text."""
 
+    def token_id(self, name: str) -> int | None:
+        """Return the id of an added token."""
+
     def encode(self, text: str, *, as_prompt: bool) -> list[int]:
         """Return token ids; ``as_prompt`` adds the special tokens that a raw prompt gets."""
 
@@ -43,6 +46,11 @@ class JsonVocabulary:
         """Those of them that are no text."""
         added = self.tokenizer.get_added_tokens_decoder().values()
         return [token.content for token in added if token.special]
+
+    def token_id(self, name: str) -> int | None:
+        """Return the id of an added token."""
+        found: int | None = self.tokenizer.token_to_id(name)
+        return found
 
     def encode(self, text: str, *, as_prompt: bool) -> list[int]:
         """Return token ids; ``as_prompt`` adds the special tokens that a raw prompt gets."""

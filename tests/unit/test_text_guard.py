@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from orchestrator.text import TextService
 from orchestrator.text.guard import Guard, name_pattern
 from orchestrator.text.vocabulary import load_vocabulary
-from protocol.client import ChatMessage, Role
+from protocol.chat import ChatMessage, Role
 from protocol.errors import InvalidRequestError
 from tests.unit.text_models import CHATML, directory, kimi_directory
 
@@ -34,7 +34,7 @@ def chat(model: Path, role: Role, content: str) -> tuple[list[int], str]:
     async def run() -> tuple[list[int], str]:
         text = await TextService.start(model)
         try:
-            token_ids = await text.chat([ChatMessage(role, content)], 10_000)
+            token_ids = (await text.chat([ChatMessage(role, content)], 10_000)).token_ids
             return token_ids, text.decode(token_ids)
         finally:
             await text.close()

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.text import TextService
 from orchestrator.text.template import ChatTemplate, TemplateSource
-from protocol.client import ChatMessage
+from protocol.chat import ChatMessage
 from protocol.errors import ContextTooLongError, InvalidRequestError, ModelFormatError
 from tests.unit.text_models import CHATML, byte_level, directory
 
@@ -53,7 +53,7 @@ def test_trouble_is_a_typed_error_and_the_others_go_on(tmp_path: Path) -> None:
     async def run() -> None:
         async with service(directory(tmp_path, TROUBLE), deadline_s=1.0, memory_bytes=64 << 20) as text:
             expected = byte_level().encode("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n").ids
-            assert await text.chat(said("hello"), 100) == expected
+            assert (await text.chat(said("hello"), 100)).token_ids == expected
 
             async def refused(what: str) -> str:
                 with pytest.raises(InvalidRequestError) as caught:
@@ -70,7 +70,7 @@ def test_trouble_is_a_typed_error_and_the_others_go_on(tmp_path: Path) -> None:
             assert "roles must alternate" in raised
             assert "chat template" in escaped
             assert "chat template" in mutated
-            assert good == expected
+            assert good.token_ids == expected
             with pytest.raises(ContextTooLongError, match=r"tokens, the context holds 3"):
                 await text.chat(said("hello"), 3)
 

@@ -40,6 +40,8 @@ class ToolFormat:
     read: Reader
     bare: bool = False
     """A whole answer may be calls without marks: a list ``[…]`` or an object ``{…}``."""
+    inside: tuple[str, ...] = ()
+    """Names of other marks, between the two."""
 
 
 def _json_object(text: str) -> str:
@@ -148,8 +150,20 @@ def _in_marks(text: str, begin: str, end: str) -> list[str]:
     return found
 
 
-KIMI: Final = ToolFormat("kimi", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", _read_kimi)
-DEEPSEEK: Final = ToolFormat("deepseek", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _read_deepseek)
+KIMI: Final = ToolFormat(
+    "kimi",
+    "<|tool_calls_section_begin|>",
+    "<|tool_calls_section_end|>",
+    _read_kimi,
+    inside=("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+)
+DEEPSEEK: Final = ToolFormat(
+    "deepseek",
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    _read_deepseek,
+    inside=("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+)
 HERMES: Final = ToolFormat("hermes", "<tool_call>", "</tool_call>", _read_object)
 LLAMA: Final = ToolFormat("llama", "<|python_start|>", "<|python_end|>", _read_llama, bare=True)
 

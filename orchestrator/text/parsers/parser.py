@@ -1,6 +1,7 @@
 """``Parser``: one answer's text, in any pieces, to events that are the same for any pieces."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from orchestrator.text.parsers.events import (
@@ -34,9 +35,21 @@ class Parser:
         thinks: bool,
         is_thinking: bool,
         make_id: Callable[[int], str],
+        shown: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """``is_thinking``: the prompt ends in an open ``<think>``. ``make_id`` names a call."""
+        """``is_thinking``: the prompt ends in an open ``<think>``. ``make_id`` names a call.
+
+        ``shown``: by the name of a mark that is a special token, the one character that stands for it in
+        the text, and for nothing else. The name spelt out is then no mark; nobody is told the character.
+        """
         self._tools = tools
+        self._open, self._close = "", ""
+        if tools is not None:
+            self._open = shown.get(tools.open, tools.open)
+            self._close = shown.get(tools.close, tools.close)
+        self._think, self._thought = shown.get(_THINK, _THINK), shown.get(_THOUGHT, _THOUGHT)
+        self._names = {ord(character): name for name, character in shown.items()}
+        self._unsaid = dict.fromkeys(self._names)
         self._thinks = thinks
         self._is_thinking = is_thinking
         self._make_id = make_id
@@ -72,11 +85,11 @@ class Parser:
         if self._balance is not None:
             return self._bare(events, is_over)
         if self._is_thinking:
-            return self._until((_THOUGHT,), events, is_over) is not None
+            return self._until((self._thought,), events, is_over) is not None
         may_think = self._thinks and not self._has_thought and not self._has_spoken
-        marks: tuple[str, ...] = (_THINK,) if may_think else ()
+        marks: tuple[str, ...] = (self._think,) if may_think else ()
         if self._tools is not None:
-            marks += (self._tools.open,)
+            marks += (self._open,)
             if self._tools.bare and not self._has_spoken and self._held.lstrip()[:1] in ("[", "{"):
                 self._say(self._cut(len(self._held) - len(self._held.lstrip())), events)
                 self._balance = _Balance()
@@ -87,7 +100,7 @@ class Parser:
         """Say what stands before the first mark, and act on that mark; None where there is no whole one."""
         held = self._held
         found = self._first_of(marks)
-        if found is not None and found[1] == _THINK and held[: found[0]].strip():
+        if found is not None and found[1] == self._think and held[: found[0]].strip():
             found = self._first_of(marks[1:])
         if found is None:
             size = 0 if is_over else _beginning(held, marks)
@@ -95,9 +108,9 @@ class Parser:
             return None
         at, mark = found
         self._say(self._cut(at), events)
-        if mark in (_THINK, _THOUGHT):
+        if mark in (self._think, self._thought):
             self._cut(len(mark))
-            self._is_thinking, self._has_thought = mark == _THINK, True
+            self._is_thinking, self._has_thought = mark == self._think, True
         else:
             self._in_section, self._searched = True, len(mark)
         return mark
@@ -108,21 +121,21 @@ class Parser:
     def _section(self, events: list[ParserEvent], is_over: bool) -> bool:
         tools, held = self._tools, self._held
         assert tools is not None
-        close = held.find(tools.close, self._searched)
-        if close < 0 and not is_over and len(held) <= MAX_SECTION + len(tools.close):
-            self._searched = max(len(tools.open), len(held) - len(tools.close) + 1)
+        close = held.find(self._close, self._searched)
+        if close < 0 and not is_over and len(held) <= MAX_SECTION + len(self._close):
+            self._searched = max(len(self._open), len(held) - len(self._close) + 1)
             return False
         self._in_section = False
         if 0 <= close <= MAX_SECTION:
             try:
-                calls = tools.read(held[len(tools.open) : close])
+                calls = tools.read(held[len(self._open) : close].translate(self._names))
             except ValueError:
                 pass  # It is text after all.
             else:
-                self._cut(close + len(tools.close))
+                self._cut(close + len(self._close))
                 self._call(calls, events)
                 return True
-        self._say(self._cut(len(tools.open)), events)
+        self._say(self._cut(len(self._open)), events)
         return True
 
     def _bare(self, events: list[ParserEvent], is_over: bool) -> bool:
@@ -136,7 +149,7 @@ class Parser:
         self._has_spoken = True
         if end is not None and end <= MAX_SECTION:
             try:
-                calls = tools.read(self._held[:end])
+                calls = tools.read(self._held[:end].translate(self._names))
             except ValueError:
                 pass  # It is text after all.
             else:
@@ -160,6 +173,8 @@ class Parser:
         return text
 
     def _say(self, text: str, events: list[ParserEvent]) -> None:
+        if self._unsaid:
+            text = text.translate(self._unsaid)
         if not text:
             return
         if self._is_thinking:
