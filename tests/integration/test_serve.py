@@ -83,7 +83,8 @@ def test_run_starts_a_server_for_one_answer(place: Place, tiny: Path, tmp_path: 
     before = place.running()
     found = place.tandem_json("run", str(tiny), "hello world", *layout, *drawn)
     assert set(found) == {
-        *("prompt_ids", "token_ids", "text", "finish_reason", "logprobs", "timings", "usage", "seed")
+        *("prompt_ids", "token_ids", "text", "reasoning", "tool_calls", "finish_reason", "logprobs"),
+        *("timings", "usage", "seed"),
     }
     assert len(found["token_ids"]) <= 5
     assert found["seed"] == 3
