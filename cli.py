@@ -575,7 +575,7 @@ def ps(as_json: bool) -> None:
     if as_json:
         _print_json({"instances": running})
     elif running:
-        rows = [(f.name, f.model, f"tp {f.tp} pp {f.pp}", f.state, size(f.memory_bytes)) for f in running]
+        rows = [(f.name, f.model, str(f.layout), f.state, size(f.memory_bytes)) for f in running]
         click.echo(table(("NAME", "MODEL", "LAYOUT", "STATE", "MEMORY"), rows, right=frozenset({4})))
     else:
         click.echo("no server runs")

@@ -16,6 +16,7 @@ from models.memory import MemoryPlan, RankPlan
 from protocol.client import MemoryRow
 from protocol.control import Ready, Span
 from protocol.errors import StorageError
+from protocol.topology import Topology
 
 ORCHESTRATOR = -1
 """The rank of its spans."""
@@ -38,6 +39,8 @@ class BootReport(msgspec.Struct, frozen=True):
     model: str
     tp: int
     pp: int
+    ep: int
+    dcp: int
     dtype: str
     seconds: float
     """From the start of the process to where requests are taken."""
@@ -95,12 +98,12 @@ def make_report(
     instance: str,
     model: str,
     dtype: str,
-    degrees: tuple[int, int],
+    topology: Topology,
     plan: MemoryPlan,
     ready: Sequence[Ready],
     spans: Spans,
 ) -> BootReport:
-    """Return the report of a boot that ends now. ``degrees``: tp and pp."""
+    """Return the report of a boot that ends now."""
     found = sorted(
         [*spans.found, *(span for r in ready for span in r.spans)],
         key=lambda span: (span.rank, span.start_s),
@@ -113,8 +116,10 @@ def make_report(
     return BootReport(
         instance=instance,
         model=model,
-        tp=degrees[0],
-        pp=degrees[1],
+        tp=topology.tp,
+        pp=topology.pp,
+        ep=topology.ep,
+        dcp=topology.dcp,
         dtype=dtype,
         seconds=time.monotonic() - spans.start_s,
         load_bytes=sum(span.bytes for span in loads),

@@ -189,6 +189,9 @@ class Blueprint(msgspec.Struct, frozen=True):
             has_tokenizer=text.has_tokenizer,
             has_chat_template=text.has_chat_template,
             memory=report.memory[tightest].lines,
+            ep=self.config.ep,
+            dcp=self.config.dcp,
+            kv_dtype=self.model.kv_groups[0].dtype,
         )
 
 
@@ -302,6 +305,8 @@ class Home:
             address=self._address,
             started_at=self._started_at,
             error=error,
+            ep=self._config.ep,
+            dcp=self._config.dcp,
         )
         self.directory.publish(facts)
         return facts

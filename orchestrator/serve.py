@@ -198,7 +198,7 @@ class _Server:
                 self._config.name,
                 self._config.model_name,
                 self._config.dtype,
-                (self._config.tp, self._config.pp),
+                blueprint.topology,
                 blueprint.plan,
                 ready,
                 self._spans,

@@ -6,6 +6,7 @@ from rich.text import Text
 
 from orchestrator.boot_report import ORCHESTRATOR, BootReport, RankMemory, size
 from protocol.control import Span
+from protocol.topology import Topology
 
 MAX_RANKS_SHOWN = 4
 """Bars of more ranks than this: those of the first and of the slowest."""
@@ -21,7 +22,8 @@ def render(report: BootReport, columns: int) -> RenderableType:
         f", {size(report.load_bytes)} read at {report.load_gb_per_s:.2f} GB/s" if report.load_bytes else ""
     )
     name = report.model if report.model == report.instance else f"{report.model} as {report.instance!r}"
-    head = f"{name}: tp {report.tp} pp {report.pp}, {report.dtype}, ready in {report.seconds:.2f} s{rate}"
+    layout = Topology(report.tp, report.pp, report.ep, report.dcp)
+    head = f"{name}: {layout}, {report.dtype}, ready in {report.seconds:.2f} s{rate}"
     parts: list[RenderableType] = [Text(head, style="bold"), waterfall(report, columns)]
     if report.memory:
         parts.append(memory_table(_tightest(report)))

@@ -11,6 +11,7 @@ from protocol.control import TokenLogprobs
 from protocol.errors import ErrorInfo
 from protocol.framing import MAX_CLIENT_FRAME_BYTES, Codec
 from protocol.sampling import SamplingParams
+from protocol.topology import Topology
 
 KEEP_ALIVE_S = 2.0
 """A client with an open stream says something at least this often."""
@@ -227,6 +228,15 @@ class Info(msgspec.Struct, frozen=True, tag="info"):
     has_tokenizer: bool
     has_chat_template: bool
     memory: list[MemoryRow]
+    ep: int = 1
+    dcp: int = 1
+    kv_dtype: str = ""
+    """What keys and values are stored in."""
+
+    @property
+    def layout(self) -> Topology:
+        """How the ranks are arranged."""
+        return Topology(self.tp, self.pp, self.ep, self.dcp)
 
 
 ClientMessage = Generate | Cancel | KeepAlive | GetStats | GetInfo

@@ -17,6 +17,7 @@ from typing import Final, Literal
 import msgspec
 
 from protocol.errors import AlreadyRunningError, InvalidRequestError, StorageError
+from protocol.topology import Topology
 
 MAX_SOCKET_PATH_BYTES: Final = 107
 """sun_path holds 108 with its terminating zero (unix(7))."""
@@ -41,6 +42,13 @@ class InstanceFacts(msgspec.Struct, frozen=True):
     started_at: float
     """Seconds since 1970."""
     error: str | None = None
+    ep: int = 1
+    dcp: int = 1
+
+    @property
+    def layout(self) -> Topology:
+        """How its ranks are arranged."""
+        return Topology(self.tp, self.pp, self.ep, self.dcp)
 
 
 def runtime_root(environment: Mapping[str, str]) -> Path:

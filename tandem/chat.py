@@ -23,7 +23,7 @@ def open_repl(client: Client, screen: Screen, temperature: float | None = None) 
     info = client.info()
     check_can_chat(info.has_tokenizer, info.has_chat_template, info.model)
     if screen.terminal:
-        screen.note(f"{info.model} · tp {info.tp} pp {info.pp} · {info.dtype} · context {info.context}")
+        screen.note(f"{info.model} · {info.layout} · {info.dtype} · context {info.context}")
     settings = Settings(CHAT_SAMPLING)
     if temperature is not None:
         settings = settings.with_text("temperature", str(temperature))

@@ -197,7 +197,15 @@ def test_a_cancelled_stream_in_the_middle_of_a_call_ends_once(tmp_path: Path) ->
     async def run() -> None:
         model = Model(tmp_path)
         model.script = model.tokenizer.encode("a</think><tool_call>" + "x" * 300).ids
-        async with serving(tmp_path, model.engine(1)) as server, raw(server) as client:
+        engine = model.engine(1)
+        async with serving(tmp_path, engine) as server, raw(server) as client:
+
+            def pausing(request: Request) -> int:
+                # Nothing more comes until it is cancelled, however slow this machine is.
+                server.is_paused = request.num_output == 30
+                return model.next(request)
+
+            engine.rule = pausing
             message = [{"role": "user", "content": "x"}]
             stream = client.ask(messages=message, tools=TOOLS, max_tokens=400)
             await client.until(lambda: len(client.of(stream, Delta)) > 20)
