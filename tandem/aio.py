@@ -40,6 +40,8 @@ class AsyncStream:
         self._inbox: Inbox | None = None
         self._collector = Collector()
         self._chunks: deque[Chunk] = deque()
+        self._error: TandemError | None = None
+        """What ended the stream, until what came before it is taken."""
         self._is_closed = False
 
     @property
@@ -68,6 +70,9 @@ class AsyncStream:
 
         Errors: the request's own; ``UnavailableError``, ``InstanceFailedError`` where the server is lost.
         """
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
         while not self._is_closed:
             inbox = self._inbox or await self._start()
             try:
@@ -75,10 +80,25 @@ class AsyncStream:
             except asyncio.CancelledError:
                 await self.aclose()
                 raise
-            chunks = [c for event in events if (c := self._take(event)) is not None]
+            chunks = self._chunks_of(events)
             if chunks:
                 return chunks
         return []
+
+    def _chunks_of(self, events: Sequence[object]) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for event in events:
+            try:
+                chunk = self._take(event)
+            except TandemError as error:
+                if not chunks:
+                    raise
+                # What came before it is given out first: tokens that were sent are not lost.
+                self._error = error
+                break
+            if chunk is not None:
+                chunks.append(chunk)
+        return chunks
 
     async def _start(self) -> Inbox:
         self._connection = await self._client.connection()
@@ -106,6 +126,7 @@ class AsyncStream:
     async def aclose(self) -> None:
         """Cancel the request, unless it has ended; chunks not yet taken are dropped."""
         self._is_closed = True
+        self._error = None
         self._chunks.clear()
         self._cancel()
 

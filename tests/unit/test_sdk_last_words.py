@@ -69,3 +69,25 @@ def test_an_error_is_the_servers_own(tmp_path: Path) -> None:
     failed = Failed("", InstanceFailedError("rank 1 is lost").info())
     with pytest.raises(InstanceFailedError, match="rank 1 is lost"):
         asyncio.run(hear(tmp_path, failed))
+
+
+def test_tokens_that_come_with_an_error_are_given_out_first(tmp_path: Path) -> None:
+    async def run() -> None:
+        server = LastWords(tmp_path)
+        async with AsyncClient(address=server.address) as client:
+            stream = client.stream("hello")
+
+            async def read() -> list[int]:
+                found: list[int] = []
+                with pytest.raises(InstanceFailedError, match="rank 1 is lost"):
+                    async for chunk in stream:
+                        found += chunk.token_ids
+                return found
+
+            reading = asyncio.create_task(read())
+            await asyncio.sleep(0.1)
+            server.speak(Failed("", InstanceFailedError("rank 1 is lost").info()))
+            assert await reading == [7] * NUM_DELTAS + [2]
+            assert [chunk async for chunk in stream] == []
+
+    asyncio.run(run())
