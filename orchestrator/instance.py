@@ -69,7 +69,7 @@ class Blueprint(msgspec.Struct, frozen=True):
             check_report_path(config.boot_report)
         model = load_spec(config.model, config.dtype, config.kv_dtype)
         check_against(model, read_index(config.model))
-        _check_kv_dtype(model, config)
+        check_devices(model, config)
         topology = config.topology
         ranks = topology.world_size
         budgets = rank_budgets(config.devices, ranks, config.memory_bytes, config.environment)
@@ -217,10 +217,22 @@ def _check_limits(config: ServeConfig) -> None:
         )
 
 
-def _check_kv_dtype(model: ModelSpec, config: ServeConfig) -> None:
-    """Refuse what the kernels of a device kind do not read (``UnsupportedModelError``)."""
+def check_devices(model: ModelSpec, config: ServeConfig) -> None:
+    """Refuse what the kernels of a device kind do not do (``UnsupportedModelError``)."""
     if device_kind(config.devices) == "cpu":
         return
+    if config.dcp > 1:
+        raise UnsupportedModelError(
+            f"KV kept by position over {config.dcp} ranks is served on CPUs: on GPUs take dcp 1",
+            field="dcp",
+        )
+    local = [group for group in model.kv_groups if group.is_local]
+    if local:
+        raise UnsupportedModelError(
+            f"layers that see {local[0].window} tokens alone ({local[0].kind}) are served on CPUs: on GPUs "
+            "this model is not yet",
+            field="devices",
+        )
     page_tokens = config.topology.page_tokens(config.limits.block_tokens)
     for group in model.kv_groups:
         if group.dtype == "float8" and page_tokens % 8:

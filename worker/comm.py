@@ -44,6 +44,8 @@ class Communicator(Protocol):
 
     rank: int
     topology: Topology
+    deals_in_steps: bool
+    """Whether ``all_to_all`` is for use inside a step: where it waits on the host, it is not."""
 
     @property
     def dcp(self) -> Collectives | None:

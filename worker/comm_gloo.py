@@ -85,6 +85,8 @@ class GlooCommunicator:
     of their own, so that they cannot be taken for each other or wait for each other.
     """
 
+    deals_in_steps = True
+
     def __init__(
         self,
         rank: int,

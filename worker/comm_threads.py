@@ -136,6 +136,8 @@ def _wait(
 class ThreadCommunicator:
     """``Communicator`` of one thread. Made by ``thread_group``; the halls and channels are shared."""
 
+    deals_in_steps = True
+
     def __init__(
         self,
         rank: int,

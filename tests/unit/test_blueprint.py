@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from orchestrator.config import ServeConfig
-from orchestrator.instance import Blueprint
+from orchestrator.instance import Blueprint, check_devices
 from protocol.control import Ready
-from protocol.errors import MemoryBudgetError
+from protocol.errors import MemoryBudgetError, UnsupportedModelError
 from tests.tiny_llama import write_tiny_llama
 
 CONTEXT, BLOCK_TOKENS = 512, 16
@@ -53,3 +54,19 @@ def test_a_context_that_was_asked_for_is_not_shortened(
 ) -> None:
     with pytest.raises(MemoryBudgetError, match=rf"room for {blocks * BLOCK_TOKENS} tokens"):
         planned(tmp_path, context).settled(ready(blocks, 1000))
+
+
+def test_what_gpus_do_not_do_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    blueprint = planned(tmp_path, None)
+    model, config = blueprint.model, blueprint.config
+    (whole,) = model.kv_groups
+    chunked = msgspec.structs.replace(whole, kind="chunked", window=64)
+    local = msgspec.structs.replace(model, kv_groups=(chunked,))
+    on_gpus = msgspec.structs.replace(config, devices=("cuda:0", "cuda:1"))
+    divided = msgspec.structs.replace(on_gpus, tp=4, dcp=2)
+    check_devices(model, on_gpus)
+    check_devices(local, config)
+    for asked, given, field in ((model, divided, "dcp"), (local, on_gpus, "devices")):
+        with pytest.raises(UnsupportedModelError, match="served on CPUs") as refusal:
+            check_devices(asked, given)
+        assert refusal.value.field == field

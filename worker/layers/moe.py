@@ -60,6 +60,7 @@ class MoE:
         )
         self._layer, self._first = weights.spec(f"{prefix}router").layer, local.start
         self._exchange = ExpertExchange(comm, self._experts, len(local), shared)
+        self._may_split = comm.deals_in_steps
 
     @property
     def counted(self) -> CountedLayer:
@@ -81,7 +82,7 @@ class MoE:
         """See ``FeedForward.after``."""
         hidden_bytes = residual.shape[1] * residual.element_size()
         has_shared = self._shared is not None
-        if splits_tokens(
+        if self._may_split and splits_tokens(
             self._routing, residual.shape[0], hidden_bytes, self._topology, has_shared=has_shared
         ):
             assert update is not None, "partial sums are pending where there is a group"

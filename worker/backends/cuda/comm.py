@@ -30,6 +30,8 @@ class CudaCommunicator:
     so do a lane's messages.
     """
 
+    deals_in_steps = False
+
     def __init__(
         self,
         rank: int,
