@@ -23,7 +23,7 @@ from orchestrator.scheduler import Scheduler, SchedulerConfig
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from tests.golden.harness import Driver, Job, run_ranks_as_threads
-from tests.golden.tiny import let_products_add
+from tests.golden.tiny import TOLERANCE, check_positions, let_products_add
 from tests.server import served
 from tests.unit.text_models import byte_level
 
@@ -32,7 +32,6 @@ LAYOUTS = [(1, 1), (2, 2)]
 LONG_LAYOUTS = [(2, 1), (4, 1), (8, 1), (1, 2), (4, 2), (1, 3), (2, 3)]
 PROMPT_LENGTHS = (1, 7, 8, 16, 21, 45)
 NEW_TOKENS = 10
-TOLERANCE = 1e-4
 
 LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
@@ -145,14 +144,8 @@ def check_layout(root: Path, variant: str, tp: int, pp: int, ep: int = 1) -> Non
                 for i, (known, _) in enumerate(answers)
             ]
             Driver(instance, chunk=chunk, depth=depth).run(jobs)
-            for job, (known, scores) in zip(jobs, answers, strict=True):
-                assert job.prompt_ids + job.output_ids == known
-                found = [job.prompt_scores[p] for p in range(1, len(job.prompt_ids))] + job.logprobs
-                for own, token, expected in zip(found, known[1:], scores, strict=True):
-                    ids = [token, *own.top_ids]
-                    assert [own.logprob, *own.top_logprobs] == pytest.approx(
-                        expected[ids].tolist(), rel=TOLERANCE, abs=TOLERANCE
-                    )
+            for job, answer in zip(jobs, answers, strict=True):
+                check_positions(job, *answer)
 
 
 @pytest.mark.parametrize("variant", ["scout", "conditional"])

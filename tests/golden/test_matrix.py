@@ -7,7 +7,6 @@ Blocks are scattered. Placed experts run in both forms, each layout in one of th
 from pathlib import Path
 
 import pytest
-import torch
 
 from models.layout import check_degrees
 from models.registry import load_spec
@@ -17,7 +16,7 @@ from protocol.topology import Topology
 from tests.conftest import commit
 from tests.golden import matrix
 from tests.golden.harness import Driver, Job, run_ranks_as_threads
-from tests.golden.tiny import TOLERANCE, force_split
+from tests.golden.tiny import check_positions, force_split
 
 SCORED = SamplingParams(temperature=0.0, seed=0, logprobs=8, prompt_logprobs=8)
 
@@ -48,19 +47,7 @@ def test_the_layout_answers_as_transformers(
             ]
             Driver(instance, chunk=chunk, depth=depth).run(jobs)
             for job, answer in zip(jobs, answers, strict=True):
-                check(job, *answer)
-
-
-def check(job: Job, known: list[int], scores: torch.Tensor) -> None:
-    """Hold the greedy tokens, and at every position the token that came and the likeliest ones."""
-    assert job.prompt_ids + job.output_ids == known
-    found = [job.prompt_scores[p] for p in range(1, len(job.prompt_ids))] + job.logprobs
-    assert len(found) == len(known) - 1
-    for own, token, expected in zip(found, known[1:], scores, strict=False):
-        ids = [token, *own.top_ids]
-        assert [own.logprob, *own.top_logprobs] == pytest.approx(
-            expected[ids].tolist(), rel=TOLERANCE, abs=TOLERANCE
-        )
+                check_positions(job, *answer)
 
 
 @pytest.mark.parametrize("name", matrix.MODELS)
