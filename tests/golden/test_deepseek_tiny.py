@@ -254,7 +254,7 @@ def test_every_layout_matches_transformers(root: Path, variant: str, tp: int, pp
 
 @pytest.mark.long
 @pytest.mark.parametrize("is_split", [False, True])
-@pytest.mark.parametrize("variant", CHANGES)
+@pytest.mark.parametrize("variant", [name for name in CHANGES if name != "dense"])
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2)])
 def test_every_layout_of_placed_experts_matches_transformers(
     root: Path, variant: str, tp: int, pp: int, is_split: bool, monkeypatch: pytest.MonkeyPatch
