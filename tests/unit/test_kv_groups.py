@@ -27,8 +27,11 @@ def held_in(holding: Holding, group: int) -> int:
     return len(holding.tables[group]) - holding.num_let_go[group]
 
 
+SIZES = [pytest.param(16, marks=pytest.mark.long), 128]
+
+
 @pytest.mark.parametrize("step", [2048, 3000])
-@pytest.mark.parametrize("size", [16, 128])
+@pytest.mark.parametrize("size", SIZES)
 def test_a_request_of_a_million_tokens_holds_a_chunk_in_its_local_layers(step: int, size: int) -> None:
     length, in_flight = 1 << 20, 2
     needs = BlockNeeds(SCOUT, size, step * in_flight)
@@ -128,7 +131,7 @@ def test_a_block_that_two_groups_hold_is_found() -> None:
         kv.check([holding])
 
 
-@pytest.mark.parametrize("size", [16, 128])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("groups", [SCOUT, groups_of(("full", 0))])
 def test_pages_are_full_of_tokens(
     size: int, groups: tuple[KVGroup, ...], capsys: pytest.CaptureFixture[str]
