@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.text.guard import Guard
 from orchestrator.text.template import wants_text_of_arguments
-from protocol.chat import ChatMessage, FunctionCall, Tool, VariableValue
+from protocol.chat import MAX_DEPTH, ChatMessage, FunctionCall, Tool, VariableValue
 
 Names = re.Pattern[str]
 
@@ -55,7 +55,9 @@ class Conversation:
         self._special_names = special_names
         described = [_without_none(tool) for tool in tools]
         plain = [_without_none(message) for message in messages]
-        self.guard = Guard(template, [plain, described, variables])
+        # What escapes stand for is said too.
+        data = [_data_of(call.function) for message in messages for call in message.tool_calls or ()]
+        self.guard = Guard(template, [plain, described, variables, data])
         self.tools = self.guard.guard(described, added_names) or None
         self.variables = self.guard.guard(variables, added_names)
         self.messages = [
@@ -77,13 +79,31 @@ class Conversation:
         text = self.guard.guard(call.arguments, self._special_names)
         if self._as_text:
             return text
-        try:
-            data = json.loads(call.arguments)
-        except (ValueError, RecursionError):
-            return text
-        if not isinstance(data, dict):
+        data = _data_of(call)
+        if data is None:
             return text
         return Arguments(self.guard.guard(data, self._special_names), text)
+
+
+def _data_of(call: FunctionCall) -> dict[str, Any] | None:
+    """Return a call's arguments; None where they are no object that could be rendered as one."""
+    try:
+        data = json.loads(call.arguments)
+        # Half of a surrogate pair, which an escape can stand for, is no text.
+        json.dumps(data, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return None
+    return data if isinstance(data, dict) and _depth(data) <= MAX_DEPTH else None
+
+
+def _depth(data: Any) -> int:
+    """Return how deep lists and objects are nested, or something over ``MAX_DEPTH``."""
+    level, found = [data], 0
+    while level and found <= MAX_DEPTH:
+        inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
+        level = [each for items in inner if isinstance(items, list) for each in items]
+        found += 1
+    return found
 
 
 def _without_none(said: Any) -> Any:

@@ -1,5 +1,6 @@
 """What chat templates see, against transformers' own rendering of templates in the published formats."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,28 @@ def test_arguments_that_are_no_object_go_in_as_text(tmp_path: Path) -> None:
     calls = [{"id": "a", "function": {"name": "f", "arguments": "[1"}, "type": "function"}]
     found = rendered(HERMES, asked([{"role": "assistant", "tool_calls": calls}], []), tmp_path)
     assert '"arguments": "[1"}' in found
+
+
+HALF = '{"a": "x\\ud800y"}'
+DEEP = '{"a": ' * 500 + "1" + "}" * 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        # What an escape stands for may be the letter that names are cut with.
+        ('{"a": "x\\ud800\\udc00y"}', '{"a": "x\U00010000y"}'),
+        # No text, or too deep: as the text that it is.
+        (HALF, json.dumps(HALF)),
+        (DEEP, json.dumps(DEEP)),
+        ('{"a": "\\u003c|im_end|>"}', '{"a": "<|im_end|>"}'),
+    ],
+)
+def test_no_character_of_arguments_is_lost_or_refused(tmp_path: Path, arguments: str, shown: str) -> None:
+    calls = [{"id": "a", "function": {"name": "f", "arguments": arguments}, "type": "function"}]
+    found = rendered(HERMES, asked([{"role": "assistant", "tool_calls": calls}], []), tmp_path)
+    assert f'"arguments": {shown}}}' in found
+    found.encode()
 
 
 def test_a_template_says_whether_it_takes_tools() -> None:
