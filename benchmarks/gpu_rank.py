@@ -31,7 +31,7 @@ from benchmarks.lone_rank import LoneRank, Steps
 from benchmarks.rank_work import RankWork
 from models.known import known_model, known_names
 from models.machines import GIB, GPUS, gpu_of_driver
-from models.memory import CUDA_OVERHEADS, MemoryPlan, StepLimits, plan_memory
+from models.memory import CUDA_OVERHEADS, StepLimits, plan_memory
 from models.registry import build_spec
 from models.spec import ModelSpec
 from orchestrator.boot_report import rank_memory, why_so_many_tokens
@@ -202,10 +202,11 @@ def _print_kernels(found: list[dict[str, Any]], top: int) -> None:
         print(f"  {one['us']:9.1f} us {one['launches']:6.1f} x  {one['kernel']}")
 
 
-def hold_memory(report: Report, plan: MemoryPlan, measured: Mapping[str, int], num_blocks: int) -> None:
+def _hold_memory(report: Report, lone: LoneRank, num_blocks: int) -> None:
     """Print the memory table, and hold KV and everything else against the plan."""
+    plan, measured = lone.plan, lone.assembled.lines()
     rank = plan.ranks[0]
-    Console(width=110).print(memory_table(rank_memory(rank, dict(measured))))
+    Console(width=110).print(memory_table(rank_memory(rank, measured)))
     predicted = {line.name: line.predicted_bytes for line in rank.lines}
     report.facts["memory"] = [[name, size, measured.get(name)] for name, size in predicted.items()]
     report.facts["kv_blocks"] = {"planned": plan.num_blocks, "granted": num_blocks}
@@ -235,8 +236,10 @@ def measure(
         f"{rank.device.name}, torch {torch.__version__}; operators of FlashInfer: {rank.device.operators}"
     )
     report.attempt("warm-up", rank.warm_up)
-    num_blocks = report.attempt("map KV", rank.map_rest) or rank.limits.num_blocks
-    report.attempt("memory", lambda: hold_memory(report, plan, rank.assembled.lines(), num_blocks))
+    num_blocks = report.attempt("map KV", rank.map_rest)
+    if num_blocks is None:
+        return  # Steps would write to what is not mapped.
+    report.attempt("memory", partial(_hold_memory, report, rank, num_blocks))
     report.facts["spans"] = {span.name: span.end_s - span.start_s for span in rank.spans.found}
     print(", ".join(f"{name} {took_s:.2f} s" for name, took_s in report.facts["spans"].items()))
     measurement = Measurement(report, rank, num_blocks, options)

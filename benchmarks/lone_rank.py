@@ -8,7 +8,6 @@ device: a checkpoint of such a model would take longer to write than all that is
 
 import mmap
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from queue import Empty, Queue
 
@@ -38,8 +37,9 @@ AHEAD = 2
 class SimulatedPeers(CudaCommunicator):
     """``Communicator`` of rank 0 of a group whose other ranks hold what this one holds.
 
-    An all-reduce leaves what is there: a peer's part of a sum is no work of this rank. Holds the device
-    memory that the plan charges for peers.
+    An all-reduce leaves what is there: a peer's part of a sum is no work of this rank. No tokens are dealt
+    out: ranks with GPUs each have all of them (``deals_in_steps``). Holds the device memory that the plan
+    charges for peers.
     """
 
     def __init__(self, topology: Topology, ordinal: int, num_bytes: int) -> None:
@@ -49,8 +49,6 @@ class SimulatedPeers(CudaCommunicator):
         if num_bytes:
             self._held = DeviceRange(ordinal, num_bytes)
             self._held.map(0, self._held.size)
-        self._exchanges = 0
-        self._dealt = 0
 
     @property
     def buffer_bytes(self) -> int:
@@ -60,30 +58,6 @@ class SimulatedPeers(CudaCommunicator):
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x`` once for each rank."""
         return x.unsqueeze(0).repeat(self.topology.tp, *(1 for _ in x.shape))
-
-    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the first rank's share of ``x``."""
-        assert x.shape[0] % self.topology.tp == 0, (x.shape, self.topology)
-        return x[: x.shape[0] // self.topology.tp].clone()
-
-    def all_to_all(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """Return what a rank of evenly loaded ones gets where a layer deals its tokens out.
-
-        A layer calls it thrice (``ExpertExchange``): for tokens and for their choices, of which every rank
-        sends this one as many as it sends itself; and to bring back what it had dealt.
-        """
-        tp = self.topology.tp
-        if tp == 1:
-            return x
-        call, self._exchanges = self._exchanges, (self._exchanges + 1) % 3
-        if call == 2:
-            where = torch.arange(self._dealt, device=x.device) % max(x.shape[0], 1)
-            return x[where] if x.shape[0] else x.new_zeros(self._dealt, *x.shape[1:])
-        self._dealt = sum(counts)
-        arrived = x[: counts[0]].repeat(tp, 1)
-        if call == 1:
-            arrived[:, -1] = torch.arange(tp, device=x.device).repeat_interleave(counts[0])
-        return arrived
 
 
 class LoneRank:

@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping
 
 from models.layout import stage_parameters
-from models.moe import Routing, splits_tokens
 from models.packing import PER_WORD
-from models.parameter import DTYPE_BYTES, ParameterSpec
+from models.parameter import ParameterSpec
 from models.spec import KVGroup, ModelSpec
 from protocol.topology import Topology
 
@@ -27,7 +26,7 @@ class RankWork:
         self._experts: dict[int, int] = {}
         self._local: dict[int, int] = {}
         self._expert_adds: dict[int, int] = {}
-        self._adds = self._router_adds = 0
+        self._adds = 0.0
         for spec in stage_parameters(model, self._layers):
             if spec.place != "first":
                 self._add(spec)
@@ -57,7 +56,7 @@ class RankWork:
         ``chosen``: how often its experts were, by layer. Of the last layer a long step takes one token
         behind attention: what all tokens need of it (their lines in the cache) is left out.
         """
-        adds = tokens * (self._adds + self._router_adds / self._share(tokens))
+        adds = tokens * self._adds
         adds += sum(count * self._expert_adds[layer] for layer, count in chosen.items())
         return 2 * adds + sum(self._attention_flops(group, tokens) for group in self._model.kv_groups)
 
@@ -73,23 +72,8 @@ class RankWork:
             self._expert_adds[spec.layer] = self._expert_adds.get(spec.layer, 0) + adds // local
             return
         self.always_bytes += size
-        if spec.place == "last" or spec.layer == self._layers[-1]:
-            return
-        if spec.name.endswith(".router"):
-            self._router_adds += adds
-        else:
+        if spec.place == "layer" and spec.layer != self._layers[-1]:
             self._adds += adds
-
-    def _share(self, tokens: int) -> int:
-        """Return over how many ranks a step of placed experts divides its tokens for the routers."""
-        model = self._model
-        if not self._experts or self._topology.ep == 1:
-            return 1
-        routing = Routing(next(iter(self._experts.values())), model.experts_per_token)
-        hidden_bytes = model.hidden_size * DTYPE_BYTES[model.dtype]
-        has_shared = any(p.name.endswith(".shared_gate_up") for p in model.parameters)
-        is_split = splits_tokens(routing, tokens, hidden_bytes, self._topology, has_shared=has_shared)
-        return self._topology.ep if is_split else 1
 
     def _attention_flops(self, group: KVGroup, tokens: int) -> float:
         """Return those of scores and sums of a prompt, all layers but the last."""

@@ -103,7 +103,7 @@ def test_attention_of_a_chunked_layer_counts_pairs_within_chunks() -> None:
     work = RankWork(spec, Topology(1))
     window = next(g.window for g in spec.kv_groups if g.kind == "chunked")
     tokens = 20_000
-    none = work.prompt_flops(tokens, {}) - 2 * tokens * (work._adds + work._router_adds)
+    none = work.prompt_flops(tokens, {}) - 2 * tokens * work._adds
     pairs = {
         "chunked": sum(p % window + 1 for p in range(tokens)),
         "full": sum(p + 1 for p in range(tokens)),
