@@ -366,8 +366,10 @@ def plan(
     if gpus is not None:
         _plan_on(gpus, model, concurrency, drive_gbs, options, loading=loading, as_json=as_json)
         return
-    if concurrency is not None or (drive_gbs is not None and not loading):
-        raise click.UsageError("--concurrency and --drive-gbs go with --gpus")
+    if concurrency is not None:
+        raise click.UsageError("--concurrency goes with --gpus")
+    if drive_gbs is not None and not loading:
+        raise click.UsageError("--drive-gbs goes with --gpus or --loading")
     from loader import hub
     from models.memory import plan_memory
     from models.registry import load_spec

@@ -67,7 +67,7 @@ def _rank(plan: LoadPlan, rank: int) -> RankReading:
         runs += (read.file, read.offset) != end
         end = (read.file, read.offset + read.length)
         straight += read.length if read.is_direct else 0
-        others += sum(p.rows * p.columns * DTYPE_BYTES[p.dtype] for p in read.placements if p.rank != rank)
+        others += read.for_others_bytes
     return RankReading(rank, plan.bytes_read(rank), len(plan.reads[rank]), runs, straight, others)
 
 

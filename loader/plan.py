@@ -81,6 +81,13 @@ class Read(msgspec.Struct, frozen=True, gc=False):
             at += placement.columns * DTYPE_BYTES[placement.dtype]
         return at == self.length
 
+    @property
+    def for_others_bytes(self) -> int:
+        """Arena bytes of other ranks than the reader."""
+        return sum(
+            p.rows * p.columns * DTYPE_BYTES[p.dtype] for p in self.placements if p.rank != self.rank
+        )
+
 
 class LoadPlan(msgspec.Struct, frozen=True):
     """Every read of one load."""
@@ -94,13 +101,7 @@ class LoadPlan(msgspec.Struct, frozen=True):
     @property
     def exchanged_bytes(self) -> int:
         """Arena bytes written by another rank than their owner."""
-        return sum(
-            p.rows * p.columns * DTYPE_BYTES[p.dtype]
-            for mine in self.reads
-            for read in mine
-            for p in read.placements
-            if p.rank != read.rank
-        )
+        return sum(read.for_others_bytes for mine in self.reads for read in mine)
 
     def bytes_read(self, rank: int) -> int:
         """Return what one rank reads."""

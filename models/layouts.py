@@ -11,7 +11,7 @@ import msgspec
 
 from models.blocks import BlockNeeds
 from models.layout import WeightBytes, check_degrees
-from models.machines import DRIVE_BYTES_S, Machines
+from models.machines import DRIVE_BYTES_S, Machines, check_drive
 from models.memory import DeviceOverheads, MemoryLine, RankPlan, StepLimits, divide_memory
 from models.spec import ModelSpec
 from models.speed import Decode, Pace, Traffic
@@ -79,9 +79,14 @@ class Layout(msgspec.Struct, frozen=True):
     """What a rank sends in a step, by collective."""
 
     @property
+    def topology(self) -> Topology:
+        """The degrees."""
+        return Topology(self.tp, self.pp, self.ep, self.dcp)
+
+    @property
     def name(self) -> str:
         """How people call it."""
-        return str(Topology(self.tp, self.pp, self.ep, self.dcp))
+        return str(self.topology)
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -127,11 +132,7 @@ def lay_out(
             "ask for 1 to that",
             field="context",
         )
-    if not 0 < asked.drive_bytes_s < math.inf:
-        raise InvalidRequestError(
-            f"a drive of {asked.drive_bytes_s / 1e9:g} GB/s reads nothing: give GB/s, as in 6.8",
-            field="drive_gbs",
-        )
+    check_drive(asked.drive_bytes_s)
     context = asked.context or min(model.max_context, USUAL_CONTEXT)
     found, refused = [], []
     sizes = WeightBytes(model)
@@ -325,7 +326,7 @@ def _ranked(found: tuple[Layout, ...], prefer: Prefer) -> tuple[tuple[Layout, ..
 def _of_views(best: Layout, found: tuple[Layout, ...]) -> str:
     """Return what the best layout's views of its groups are worth and cost, where it has some."""
     for alone in found:
-        if (alone.tp, alone.pp, alone.ep, alone.dcp) == (best.tp, best.pp, 1, 1) and alone is not best:
+        if alone.topology == Topology(best.tp, best.pp) and alone is not best:
             times = f"{alone.decode_one.token_s * 1e3:.2f} ms, not {best.decode_one.token_s * 1e3:.2f}"
             return f"; {alone.name} alone holds {alone.kv_tokens:,}, and a token at 1 request takes {times}"
     return ""

@@ -7,6 +7,7 @@ on the others: 4.66 TB/s read of 4.8, 785 TFLOP/s in bfloat16 of 989, 396 GB/s o
 from pinned host memory of 64.
 """
 
+import math
 import re
 from typing import Final
 
@@ -120,6 +121,16 @@ NETWORKS: Final = {
 
 DRIVE_BYTES_S: Final = 6.8e9
 """A data centre's PCIe 4 NVMe drive, sequential reads (Samsung PM9A3, data sheet)."""
+
+
+def check_drive(drive_bytes_s: float) -> None:
+    """Refuse a drive that reads nothing, or no number at all (``InvalidRequestError``)."""
+    if not 0 < drive_bytes_s < math.inf:
+        raise InvalidRequestError(
+            f"a drive of {drive_bytes_s / 1e9:g} GB/s reads nothing: give GB/s, as in 6.8",
+            field="drive_gbs",
+        )
+
 
 _FORM: Final = re.compile(
     r"(?:(\d{1,4})x)?(?:(\d{1,4})x)?([a-z][a-z0-9]*(?:-\d+gb)?)(?:@([a-z]+))?", re.ASCII

@@ -6,7 +6,7 @@ from loader.index import check_against, read_index
 from loader.load_summary import LoadSummary, stated_checkpoint, summarise
 from loader.plan import plan_load
 from models.layouts import Matrix
-from models.machines import Machines
+from models.machines import Machines, check_drive
 from models.spec import ModelSpec
 from orchestrator.boot_report import size
 from protocol.errors import InvalidRequestError, MemoryBudgetError
@@ -24,11 +24,7 @@ def loading(
 
     Errors: ``InvalidRequestError`` for a drive that reads nothing; those of ``read_index``.
     """
-    if not 0 < drive_bytes_s < float("inf"):
-        raise InvalidRequestError(
-            f"a drive of {drive_bytes_s / 1e9:g} GB/s reads nothing: give GB/s, as in 6.8",
-            field="drive_gbs",
-        )
+    check_drive(drive_bytes_s)
     if directory is None:
         checkpoint = stated_checkpoint(model)
     else:
@@ -52,9 +48,8 @@ def loading_on(
     if matrix.best is None:
         raise MemoryBudgetError(matrix.why, field="memory")
     best = matrix.layouts[matrix.best]
-    topology = Topology(best.tp, best.pp, best.ep, best.dcp)
     stages = tuple(range(first, end) for first, end in best.stages)
-    return topology, loading(model, directory, topology, stages, drive_bytes_s)
+    return best.topology, loading(model, directory, best.topology, stages, drive_bytes_s)
 
 
 def load_table(topology: Topology, summary: LoadSummary) -> str:

@@ -29,8 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"layouts drawn by: {config.getoption('matrix') or commit()}"
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    terminalreporter.write_line(f"layouts drawn by: {config.getoption('matrix') or commit()}")
 
 
 @pytest.fixture(scope="session")

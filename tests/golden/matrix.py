@@ -22,14 +22,12 @@ from tests.golden import (
     test_packed_tiny,
     test_qwen3_tiny,
 )
+from tests.golden.scored import Answer
 
 PARTS = 3
 DEGREES = (1, 2, 4, 8)
 STAGES = (1, 2, 3)
 ALL = "all"
-
-Answer = tuple[list[int], torch.Tensor]
-"""Known tokens, prompt and greedy ones, and the log-probabilities after each, [tokens, vocabulary]."""
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,9 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedMode
 from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25Config
 from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25ForConditionalGeneration
 
-from protocol.sampling import SamplingParams
 from protocol.topology import Topology
-from tests.golden.harness import Driver, Job, run_ranks_as_threads
-from tests.golden.tiny import TOLERANCE, check_positions, force_split, let_products_add
-from tests.server import served
-from tests.unit.text_models import byte_level
+from tests.golden.scored import Answer, check_answers, check_served, prompt_errors, scored_answers
+from tests.golden.tiny import force_split, let_products_add
 
 LAYOUTS = [(1, 1), (2, 2)]
 """Besides those that the matrix takes (test_matrix.py)."""
@@ -40,6 +37,15 @@ YARN: dict[str, Any] = {
     "mscale": 1.0,
     "mscale_all_dim": 0.7,
 }
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "patch_size": 2,
+    "intermediate_size": 20,
+    "pos_emb_height": 4,
+    "pos_emb_width": 4,
+}
 CHANGES: dict[str, dict[str, Any]] = {
     "deepseek": {"n_group": 4, "topk_group": 2, "rope_parameters": YARN},
     "kimi": {"n_group": 1, "topk_group": 1, "rope_parameters": YARN, "rms_norm_eps": 1e-3},
@@ -47,9 +53,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "two shared": {"n_shared_experts": 2, "norm_topk_prob": False, "n_group": 2, "topk_group": 1},
     "queries at once": {"q_lora_rank": None, "v_head_dim": 16},
 }
-
-Answer = tuple[list[int], torch.Tensor]
-"""Known tokens, prompt and greedy ones, and the log-probabilities after each, [tokens, vocabulary]."""
 
 
 @pytest.fixture(scope="module")
@@ -85,52 +88,42 @@ def text_config(changes: dict[str, Any]) -> DeepseekV3Config:
     return DeepseekV3Config(**(sizes | changes))
 
 
+def kimi(config: DeepseekV3Config) -> PreTrainedModel:
+    """Return a Kimi K2.5 around a text model's configuration."""
+    return Kimi_K25ForConditionalGeneration(
+        Kimi_K25Config(
+            text_config=config.to_dict(),
+            vision_config=VISION,
+            projection_hidden_size=16,
+            tie_word_embeddings=False,
+            attn_implementation="eager",
+            experts_implementation="eager",
+        )
+    )
+
+
+def spread(model: PreTrainedModel, std: float) -> None:
+    """Make norms and biases differ from what they begin with, and experts and routers random."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "norm" in name or "correction_bias" in name:
+            tensor.data.add_(torch.randn(tensor.shape), alpha=0.2)
+        elif "experts." in name or "mlp.gate." in name:
+            torch.nn.init.normal_(tensor.data, std=std)
+
+
 @lru_cache
 def tiny(root: Path, variant: str) -> tuple[Path, list[Answer]]:
     """Return a model directory and greedy answers."""
     directory = root / variant.replace(" ", "-")
     torch.manual_seed(len(variant))
     config = text_config(CHANGES[variant])
-    model: PreTrainedModel
-    if variant == "kimi":
-        vision = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "patch_size": 2}
-        vision |= {"intermediate_size": 20, "pos_emb_height": 4, "pos_emb_width": 4}
-        model = Kimi_K25ForConditionalGeneration(
-            Kimi_K25Config(
-                text_config=config.to_dict(),
-                vision_config=vision,
-                projection_hidden_size=16,
-                tie_word_embeddings=False,
-                attn_implementation="eager",
-                experts_implementation="eager",
-            )
-        )
-    else:
-        model = DeepseekV3ForCausalLM(config)
+    model = kimi(config) if variant == "kimi" else DeepseekV3ForCausalLM(config)
     model.eval()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if "norm" in name or "correction_bias" in name:
-            tensor.data.add_(torch.randn(tensor.shape), alpha=0.2)
-        elif "experts." in name or "mlp.gate." in name:
-            torch.nn.init.normal_(tensor.data, std=0.15)
+    spread(model, 0.15)
     model.save_pretrained(directory)
     if variant == "kimi":
         as_published(directory)
-    return directory, answers_of(model)
-
-
-def answers_of(model: PreTrainedModel) -> list[Answer]:
-    """Return greedy answers to prompts of ``PROMPT_LENGTHS``."""
-    generator = torch.Generator().manual_seed(7)
-    answers = []
-    with torch.inference_mode():
-        for length in PROMPT_LENGTHS:
-            known = torch.randint(257, (length,), generator=generator).tolist()
-            for _ in range(NEW_TOKENS):
-                scores = model(input_ids=torch.tensor([known])).logits[0].log_softmax(-1)
-                known.append(int(scores[-1].argmax()))
-            answers.append((known, scores))
-    return answers
+    return directory, scored_answers(model, PROMPT_LENGTHS, NEW_TOKENS)
 
 
 def as_published(directory: Path) -> None:
@@ -152,21 +145,7 @@ def check_layout(
     root: Path, variant: str, tp: int, pp: int, kv_groups: int = 1, ep: int = 1, dcp: int = 1
 ) -> None:
     """Hold one layout of a variant against the reference."""
-    check_answers(*tiny(root, variant), Topology(tp, pp, ep, dcp), kv_groups)
-
-
-def check_answers(directory: Path, answers: list[Answer], topology: Topology, kv_groups: int = 1) -> None:
-    """Hold the likeliest tokens of every position, and every greedy token, against the reference."""
-    sampling = SamplingParams(temperature=0.0, seed=0, logprobs=8, prompt_logprobs=8)
-    with run_ranks_as_threads(directory, topology, kv_groups=kv_groups) as instance:
-        for chunk, depth in ((64, 1), (7, topology.pp + 1)):
-            jobs = [
-                Job(known[:-NEW_TOKENS], NEW_TOKENS, sampling, start_step=i % 3)
-                for i, (known, _) in enumerate(answers)
-            ]
-            Driver(instance, chunk=chunk, depth=depth).run(jobs)
-            for job, answer in zip(jobs, answers, strict=True):
-                check_positions(job, *answer)
+    check_answers(*tiny(root, variant), Topology(tp, pp, ep, dcp), NEW_TOKENS, kv_groups=kv_groups)
 
 
 @pytest.mark.parametrize("variant", ["deepseek", "kimi"])
@@ -208,41 +187,14 @@ def test_latents_in_fewer_bits_stay_within_their_bound(
     root: Path, kv_dtype: str, bound: float, chunk: int
 ) -> None:
     # A dense model: where tokens choose experts, the least change may be another choice.
-    directory, answers = tiny(root, "dense")
-    sampling = SamplingParams(temperature=0.0, seed=0, prompt_logprobs=0)
-    jobs = [Job(known, 1, sampling) for known, _ in answers]
-    with run_ranks_as_threads(directory, Topology(2, 1), kv_dtype=kv_dtype) as instance:
-        Driver(instance, chunk=chunk).run(jobs)
-    errors = [
-        abs(found.logprob - float(scores[position - 1, known[position]]))
-        for job, (known, scores) in zip(jobs, answers, strict=True)
-        for position, found in job.prompt_scores.items()
-    ]
+    errors = prompt_errors(*tiny(root, "dense"), Topology(2, 1), chunk=chunk, kv_dtype=kv_dtype)
     # In float8 0.20 and 0.05 were found, in bfloat16 0.015 and 0.003.
     assert 0 < max(errors) < bound
     assert sum(errors) / len(errors) < bound / 4
 
 
 def test_processes_answer_as_transformers(root: Path) -> None:
-    directory, answers = tiny(root, "kimi")
-    byte_level().save(str(directory / "tokenizer.json"))
-    with (
-        served(directory, "--tp", "2", "--memory", "2", name="deepseek") as server,
-        server.client() as client,
-    ):
-        for known, scores in answers:
-            result = client.generate(
-                prompt_ids=known[:-NEW_TOKENS],
-                temperature=0.0,
-                max_tokens=NEW_TOKENS,
-                ignore_eos=True,
-                logprobs=0,
-            )
-            assert result.token_ids == known[-NEW_TOKENS:]
-            assert result.logprobs is not None
-            found = [scored.logprob for scored in result.logprobs]
-            expected = scores[-NEW_TOKENS:].max(-1).values.tolist()
-            assert found == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+    check_served(*tiny(root, "kimi"), NEW_TOKENS, "deepseek")
 
 
 @pytest.mark.long

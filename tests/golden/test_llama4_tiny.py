@@ -22,10 +22,9 @@ from orchestrator.request import Request
 from orchestrator.scheduler import Scheduler, SchedulerConfig
 from protocol.sampling import SamplingParams
 from protocol.topology import Topology
-from tests.golden.harness import Driver, Job, run_ranks_as_threads
-from tests.golden.tiny import TOLERANCE, check_positions, let_products_add
-from tests.server import served
-from tests.unit.text_models import byte_level
+from tests.golden.harness import run_ranks_as_threads
+from tests.golden.scored import Answer, check_answers, check_served, prompt_errors, scored_answers
+from tests.golden.tiny import let_products_add
 
 LAYOUTS = [(1, 1), (2, 2)]
 """Besides those that the matrix takes (test_matrix.py)."""
@@ -58,9 +57,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dense": {"moe_layers": [], "attention_chunk_size": 10},
     "conditional": {"rope_parameters": LLAMA3},
 }
-
-Answer = tuple[list[int], torch.Tensor]
-"""Known tokens, prompt and greedy ones, and the log-probabilities after each, [tokens, vocabulary]."""
 
 
 @pytest.fixture(scope="module")
@@ -121,31 +117,12 @@ def tiny(root: Path, variant: str) -> tuple[Path, list[Answer]]:
         # Where nothing is chunked a file may say so, which the reference cannot read.
         path = directory / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_chunk_size": None}))
-    generator = torch.Generator().manual_seed(7)
-    answers = []
-    with torch.inference_mode():
-        for length in PROMPT_LENGTHS:
-            known = torch.randint(257, (length,), generator=generator).tolist()
-            for _ in range(NEW_TOKENS):
-                scores = model(input_ids=torch.tensor([known]), use_cache=False).logits[0].log_softmax(-1)
-                known.append(int(scores[-1].argmax()))
-            answers.append((known, scores))
-    return directory, answers
+    return directory, scored_answers(model, PROMPT_LENGTHS, NEW_TOKENS)
 
 
 def check_layout(root: Path, variant: str, tp: int, pp: int, ep: int = 1) -> None:
-    """Hold the likeliest tokens of every position, and every greedy token, against the reference."""
-    directory, answers = tiny(root, variant)
-    sampling = SamplingParams(temperature=0.0, seed=0, logprobs=8, prompt_logprobs=8)
-    with run_ranks_as_threads(directory, Topology(tp, pp, ep), num_blocks=512) as instance:
-        for chunk, depth in ((64, 1), (7, pp + 1), (1, 1)):
-            jobs = [
-                Job(known[:-NEW_TOKENS], NEW_TOKENS, sampling, start_step=i % 3)
-                for i, (known, _) in enumerate(answers)
-            ]
-            Driver(instance, chunk=chunk, depth=depth).run(jobs)
-            for job, answer in zip(jobs, answers, strict=True):
-                check_positions(job, *answer)
+    """Hold one layout of a variant against the reference."""
+    check_answers(*tiny(root, variant), Topology(tp, pp, ep), NEW_TOKENS, one_by_one=True, num_blocks=512)
 
 
 @pytest.mark.parametrize("variant", ["scout", "conditional"])
@@ -227,16 +204,9 @@ def test_chunks_in_fewer_bits_stay_within_their_bound(
     root: Path, kv_dtype: str, bound: float, chunk: int
 ) -> None:
     # A dense model: where tokens choose experts, the least change may be another choice.
-    directory, answers = tiny(root, "dense")
-    sampling = SamplingParams(temperature=0.0, seed=0, prompt_logprobs=0)
-    jobs = [Job(known, 1, sampling) for known, _ in answers]
-    with run_ranks_as_threads(directory, Topology(2, 1), kv_dtype=kv_dtype, num_blocks=512) as instance:
-        Driver(instance, chunk=chunk).run(jobs)
-    errors = [
-        abs(found.logprob - float(scores[position - 1, known[position]]))
-        for job, (known, scores) in zip(jobs, answers, strict=True)
-        for position, found in job.prompt_scores.items()
-    ]
+    errors = prompt_errors(
+        *tiny(root, "dense"), Topology(2, 1), chunk=chunk, kv_dtype=kv_dtype, num_blocks=512
+    )
     # In float8 0.47 and 0.07 were found, in bfloat16 0.020 and 0.004, whatever the steps.
     assert 0 < max(errors) < bound
     assert sum(errors) / len(errors) < bound / 4
@@ -252,24 +222,7 @@ def test_vision_tensors_are_there_and_skipped(root: Path) -> None:
 def test_processes_answer_as_transformers(root: Path) -> None:
     """Every prompt twice: the second time over a prefix whose last chunk alone the local layers need."""
     directory, answers = tiny(root, "conditional")
-    byte_level().save(str(directory / "tokenizer.json"))
-    with (
-        served(directory, "--tp", "2", "--memory", "2", name="llama4") as server,
-        server.client() as client,
-    ):
-        for known, scores in [*answers, *answers]:
-            result = client.generate(
-                prompt_ids=known[:-NEW_TOKENS],
-                temperature=0.0,
-                max_tokens=NEW_TOKENS,
-                ignore_eos=True,
-                logprobs=0,
-            )
-            assert result.token_ids == known[-NEW_TOKENS:]
-            assert result.logprobs is not None
-            found = [scored.logprob for scored in result.logprobs]
-            expected = scores[-NEW_TOKENS:].max(-1).values.tolist()
-            assert found == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+    check_served(directory, [*answers, *answers], NEW_TOKENS, "llama4")
 
 
 @pytest.mark.long

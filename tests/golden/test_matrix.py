@@ -11,14 +11,11 @@ import pytest
 from models.layout import check_degrees
 from models.registry import load_spec
 from protocol.errors import LayoutError
-from protocol.sampling import SamplingParams
 from protocol.topology import Topology
 from tests.conftest import commit
 from tests.golden import matrix
-from tests.golden.harness import Driver, Job, run_ranks_as_threads
-from tests.golden.tiny import check_positions, force_split
-
-SCORED = SamplingParams(temperature=0.0, seed=0, logprobs=8, prompt_logprobs=8)
+from tests.golden.scored import check_answers
+from tests.golden.tiny import force_split
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +36,7 @@ def test_the_layout_answers_as_transformers(
         force_split(monkeypatch, is_split=(cell.topology.pp + cell.topology.dcp) % 2 == 0)
     directory, answers = matrix.reference(root, cell.model)
     new_tokens = matrix.MODELS[cell.model].new_tokens
-    with run_ranks_as_threads(directory, cell.topology, num_blocks=512) as instance:
-        for chunk, depth in ((64, 1), (7, cell.topology.pp + 1)):
-            jobs = [
-                Job(known[:-new_tokens], new_tokens, SCORED, start_step=i % 3)
-                for i, (known, _) in enumerate(answers)
-            ]
-            Driver(instance, chunk=chunk, depth=depth).run(jobs)
-            for job, answer in zip(jobs, answers, strict=True):
-                check_positions(job, *answer)
+    check_answers(directory, answers, cell.topology, new_tokens, num_blocks=512)
 
 
 @pytest.mark.parametrize("name", matrix.MODELS)

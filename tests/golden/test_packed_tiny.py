@@ -13,15 +13,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV3ForCausalLM, PreTrainedModel
-from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25Config
-from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25ForConditionalGeneration
+from transformers import DeepseekV3ForCausalLM
 
 from protocol.errors import LayoutError, ModelFormatError
 from protocol.topology import Topology
 from tests.golden.harness import run_ranks_as_threads
 from tests.golden.packed import FLOAT8_CONFIG, INT4_CONFIG, float8, int4, pack
-from tests.golden.test_deepseek_tiny import Answer, answers_of, as_published, check_answers, text_config
+from tests.golden.scored import Answer, check_answers, scored_answers
+from tests.golden.test_deepseek_tiny import (
+    NEW_TOKENS,
+    PROMPT_LENGTHS,
+    as_published,
+    kimi,
+    spread,
+    text_config,
+)
 
 LAYOUTS = [(1, 1), (2, 2)]
 """Besides those that the matrix takes (test_matrix.py)."""
@@ -35,15 +41,6 @@ FLOAT8_SIZES: dict[str, Any] = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 64,
     "initializer_range": 0.08,
-}
-VISION: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 1,
-    "patch_size": 2,
-    "intermediate_size": 20,
-    "pos_emb_height": 4,
-    "pos_emb_width": 4,
 }
 
 
@@ -59,25 +56,8 @@ def tiny(root: Path, variant: str) -> tuple[Path, list[Answer]]:
     torch.manual_seed(len(variant))
     is_float8 = variant == "deepseek float8"
     config = text_config(FLOAT8_SIZES if is_float8 else {"moe_intermediate_size": 96})
-    model: PreTrainedModel
-    if variant == "kimi int4":
-        model = Kimi_K25ForConditionalGeneration(
-            Kimi_K25Config(
-                text_config=config.to_dict(),
-                vision_config=VISION,
-                projection_hidden_size=16,
-                tie_word_embeddings=False,
-                attn_implementation="eager",
-                experts_implementation="eager",
-            )
-        )
-    else:
-        model = DeepseekV3ForCausalLM(config)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if "norm" in name or "correction_bias" in name:
-            tensor.data.add_(torch.randn(tensor.shape), alpha=0.2)
-        elif "experts." in name or "mlp.gate." in name:
-            torch.nn.init.normal_(tensor.data, std=0.08 if is_float8 else 0.15)
+    model = kimi(config) if variant == "kimi int4" else DeepseekV3ForCausalLM(config)
+    spread(model, 0.08 if is_float8 else 0.15)
     model.save_pretrained(directory)
     if is_float8:
         pack(directory, lambda name: "_proj" in name, float8, FLOAT8_CONFIG)
@@ -90,22 +70,22 @@ def tiny(root: Path, variant: str) -> tuple[Path, list[Answer]]:
     )
     if variant == "kimi int4":
         as_published(directory)
-    return directory, answers_of(twin)
+    return directory, scored_answers(twin, PROMPT_LENGTHS, NEW_TOKENS)
 
 
 @pytest.mark.parametrize("variant", ["deepseek int4", "kimi int4", "deepseek float8"])
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_layout_matches_the_unpacked_twin(root: Path, variant: str, tp: int, pp: int) -> None:
-    check_answers(*tiny(root, variant), Topology(tp, pp))
+    check_answers(*tiny(root, variant), Topology(tp, pp), NEW_TOKENS)
 
 
 @pytest.mark.parametrize("variant", ["kimi int4", "deepseek float8"])
 def test_placed_experts_match_the_unpacked_twin(root: Path, variant: str) -> None:
-    check_answers(*tiny(root, variant), Topology(4, 1, 4))
+    check_answers(*tiny(root, variant), Topology(4, 1, 4), NEW_TOKENS)
 
 
 def test_divided_positions_match_the_unpacked_twin(root: Path) -> None:
-    check_answers(*tiny(root, "deepseek float8"), Topology(2, 1, 1, 2))
+    check_answers(*tiny(root, "deepseek float8"), Topology(2, 1, 1, 2), NEW_TOKENS)
 
 
 def test_heads_of_one_block_stay_together(root: Path) -> None:

@@ -55,21 +55,6 @@ def check(jobs: list[Job], reference: Reference) -> None:
         assert [one.token_id for one in job.logprobs] == token_ids
 
 
-def check_positions(job: Job, known: list[int], scores: torch.Tensor) -> None:
-    """Hold the greedy tokens, and at every position the token that came and the likeliest ones.
-
-    ``known``: prompt and greedy tokens; ``scores``: the log-probabilities after each, [tokens, vocabulary].
-    """
-    assert job.prompt_ids + job.output_ids == known
-    found = [job.prompt_scores[p] for p in range(1, len(job.prompt_ids))] + job.logprobs
-    assert len(found) == len(known) - 1
-    for own, token, expected in zip(found, known[1:], scores, strict=False):
-        ids = [token, *own.top_ids]
-        assert [own.logprob, *own.top_logprobs] == pytest.approx(
-            expected[ids].tolist(), rel=TOLERANCE, abs=TOLERANCE
-        )
-
-
 def let_products_add(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
     """Have every so many-th product that ends a block added to the residual at once, as on a GPU."""
     turns = count()
